@@ -1,0 +1,32 @@
+"""Choice of an implementation by name: a named one never falls back, `auto` says what it took."""
+
+import importlib.util
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "eager", "reference", "triton")
+
+
+def resolve(operation: str, impl: str, device: torch.device, available: dict[str, str]) -> str:
+    """The implementation to run. `available` maps each one to "" or why it cannot run here.
+
+    Raises ValueError when the one asked for is unknown or cannot run on this device.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "auto":
+        return "triton" if available.get("triton") == "" else "eager"
+    reason = available.get(impl, "not implemented")
+    if reason:
+        can = ", ".join(name for name, why in available.items() if not why)
+        raise ValueError(f"{operation}: impl={impl} cannot run: {reason}; usable here: {can}, auto")
+    return impl
+
+
+def triton_reason(device: torch.device) -> str:
+    """Why Triton kernels cannot run on this device; empty when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    return ""

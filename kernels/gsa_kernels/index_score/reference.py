@@ -1,0 +1,50 @@
+"""Oracle for index scores: the whole T x S matrix, one formula."""
+
+import torch
+from torch import Tensor
+
+from .api import IndexFactors
+
+
+def score_matrix(factors: IndexFactors) -> Tensor:
+    """[B, H, T, S] scores, written as the paper writes them."""
+    logits = torch.einsum("btji,bsi->btjs", factors.q_BTJI, factors.k_BSI) * factors.scale
+    if factors.bias_J is not None:
+        logits = logits + factors.bias_J[None, None, :, None]
+    active = logits.sigmoid() if factors.activation == "sigmoid" else logits.relu()
+    weighted = factors.weight_BTJ[..., None] * active
+    batch, queries, heads, keys = weighted.shape
+    grouped = weighted.view(batch, queries, factors.heads, heads // factors.heads, keys)
+    return grouped.sum(3).transpose(1, 2)
+
+
+def block_score_matrix(
+    factors: IndexFactors, block: int, doc_start_BS: Tensor | None = None
+) -> Tensor:
+    """[B, H, T, S // block] block scores: from the mean key, or the largest of the keys."""
+    batch, keys, _ = factors.k_BSI.shape
+    columns = []
+    for j in range(keys // block):
+        part = []
+        for b in range(batch):
+            low = j * block
+            if doc_start_BS is not None:
+                low = max(low, int(doc_start_BS[b, (j + 1) * block - 1]))
+            keys_b = factors.k_BSI[b : b + 1, low : (j + 1) * block]
+            if factors.block_score == "mean":
+                keys_b = keys_b.mean(1, keepdim=True)
+            one = IndexFactors(
+                factors.q_BTJI[b : b + 1],
+                keys_b,
+                factors.weight_BTJ[b : b + 1],
+                factors.bias_J,
+                factors.scale,
+                factors.activation,
+                factors.block_score,
+                factors.heads,
+            )
+            part.append(score_matrix(one).amax(-1))
+        columns.append(torch.cat(part))
+    if not columns:
+        return factors.weight_BTJ.new_zeros(batch, factors.heads, factors.q_BTJI.shape[1], 0)
+    return torch.stack(columns, -1)

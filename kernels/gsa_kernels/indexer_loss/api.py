@@ -1,0 +1,131 @@
+"""Training signals of an indexer. Hard top-k gives it no gradient of its own.
+
+KL (DeepSeek-V3.2): KL(p || s), p the attention probability summed over heads (and over the
+queries of a tile, and the keys of a block), s the distribution of the index scores at the tile's
+anchor, both over the candidates of the tile. `selected_kl` takes the candidates that were
+selected; `dense_kl` takes every candidate, for a few query tiles, at a cost linear in T.
+
+distribution "softmax": s = softmax(score). "log": s = score / sum(score), the softmax of
+log(score), which lets bounded sigmoid scores become as sharp as attention is.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gsa_kernels.attention_mass import dense_mass
+from gsa_kernels.index_score.api import IndexFactors, pool_keys, score_tile, scores_at
+from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
+
+DISTRIBUTIONS = ("softmax", "log")
+_EPS = 1e-6  # below any score that carries a signal; keeps log(score) finite for ReLU zeros
+
+
+def log_score_bias(
+    factors: IndexFactors, selection: Selection, beta: float, previous: Tensor | None = None
+) -> Tensor:
+    """[B, H, Q, N] beta * log(score), to be added to the attention logits; 0 in empty slots.
+
+    Sigmoid scores are divided by their bound first, so the bias is never positive. previous: the
+    bias of the last call, needed when decoding goes on inside a tile, whose anchor has passed.
+    """
+    r, blocks = selection.spec.query_tile, selection.blocks_BHQN
+    if selection.q_start % r:
+        if previous is None:
+            raise ValueError(f"queries start inside a tile of {r}: its previous bias is needed")
+        kept = previous[:, :, -1:]
+        kept = torch.nn.functional.pad(kept, (0, blocks.shape[-1] - kept.shape[-1]))
+        start = -(-selection.q_start // r) * r
+        left = selection.q_start + selection.n_queries - start
+        if left <= 0:
+            return kept
+        rest = Selection(
+            selection.spec, blocks[:, :, 1:], left, selection.n_keys, start, selection.doc_start_BS
+        )
+        return torch.cat([kept, log_score_bias(factors, rest, beta)], 2)
+    scores = scores_at(factors, selection)
+    empty = selection.blocks_BHQN < 0
+    scale = factors.bound if factors.bound != float("inf") else 1.0
+    # The inner fill keeps -inf out of the logarithm and so NaN out of its gradient.
+    return (beta * (scores.masked_fill(empty, scale) / scale + _EPS).log()).masked_fill(empty, 0)
+
+
+def selected_kl(
+    factors: IndexFactors, selection: Selection, mass_BHQN: Tensor, distribution: str = "softmax"
+) -> Tensor:
+    """Mean KL over the tiles that selected at least two blocks; a scalar, 0 if there are none.
+
+    mass_BHQN is AttentionResult.mass_BHQN of the attention over this selection.
+    """
+    scores = scores_at(factors, selection)
+    return _mean_kl(scores, mass_BHQN, selection.blocks_BHQN >= 0, distribution)
+
+
+def dense_kl(
+    factors: IndexFactors,
+    q_BTHE: Tensor,
+    k_BSKE: Tensor,
+    spec: SelectionSpec,
+    tiles: Tensor,
+    doc_start_BS: Tensor | None = None,
+    distribution: str = "softmax",
+) -> Tensor:
+    """Mean KL of the query tiles `tiles` (their numbers) over every candidate block; a scalar.
+
+    The target is the full softmax attention of q over all keys, recomputed here, no gradient.
+    """
+    layout = tile_layout(
+        spec, q_BTHE.shape[1], k_BSKE.shape[1], factors.q_start, doc_start_BS, q_BTHE.device
+    )
+    c = spec.key_block
+    mean = c == 1 or factors.block_score == "mean"
+    keys = pool_keys(factors.k_BSI, c, doc_start_BS) if mean else factors.k_BSI
+    total = factors.q_BTJI.new_zeros(())
+    weight = total
+    for tile in tiles.tolist():
+        n_blocks = max(0, int(layout.anchor_Q[tile]) - spec.window + 1) // c
+        if n_blocks < 2:
+            continue
+        part = slice(tile, tile + 1)
+        mass = dense_mass(q_BTHE, k_BSKE, layout, tile, doc_start_BS, factors.heads)
+        allowed = layout.candidates(part, n_blocks)[:, None]
+        at = factors.rows(layout.anchor_Q[part] - factors.q_start)
+
+        def score(
+            q: Tensor, w: Tensor, k: Tensor, at: IndexFactors = at, n: int = n_blocks
+        ) -> Tensor:
+            return score_tile(replace(at, q_BTJI=q, weight_BTJ=w, k_BSI=k), c, n, doc_start_BS, k)
+
+        scores = checkpoint(score, at.q_BTJI, at.weight_BTJ, keys, use_reentrant=False)
+        mass = mass[..., :n_blocks].unsqueeze(2)
+        rows = (allowed.sum(-1) >= 2).expand(scores.shape[:3])
+        loss = _kl(scores, mass, allowed.expand_as(scores), distribution)
+        total = total + loss.masked_fill(~rows, 0).sum()
+        weight = weight + rows.sum()
+    return total / weight.clamp_min(1)
+
+
+def _mean_kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
+    rows = allowed.sum(-1) >= 2
+    loss = _kl(scores, mass, allowed, distribution).masked_fill(~rows, 0)
+    return loss.sum() / rows.sum().clamp_min(1)
+
+
+def _kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
+    """[...] KL(mass / sum(mass) || distribution of scores) over the allowed columns."""
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution {distribution!r} is not one of {DISTRIBUTIONS}")
+    if scores.shape[-1] == 0:
+        return scores.new_zeros(scores.shape[:-1])
+    scores = scores.float() if scores.dtype != torch.float64 else scores
+    logits = scores.masked_fill(~allowed, 0)
+    if distribution == "log":
+        logits = (logits + _EPS).log()
+    # A large finite value: rows without any column must give 0, not NaN, in the gradient.
+    log_s = logits.masked_fill(~allowed, -1e30).log_softmax(-1)
+    target = mass.to(scores.dtype).masked_fill(~allowed, 0)
+    target = target / target.sum(-1, keepdim=True).clamp_min(1e-30)
+    terms = torch.xlogy(target, target) - target * log_s.masked_fill(~allowed, 0)
+    return terms.sum(-1)

@@ -1,0 +1,5 @@
+"""Softmax attention over a Selection."""
+
+from .api import AttentionResult, sparse_attention
+
+__all__ = ["AttentionResult", "sparse_attention"]

@@ -1,0 +1,84 @@
+"""Objectives: how the indexer learns, since a hard top-k passes it no gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, log_score_bias, selected_kl
+from gsa_kernels.selection import tile_layout
+from gsa_platform.contracts import LayerDims, Objective, Sequence
+
+from .configs import BiasObjectiveConfig, KlObjectiveConfig
+from .dense import spread
+
+
+class KlObjective(Objective):
+    """KL from the attention to the index distribution, on detached inputs (DeepSeek-V3.2).
+
+    Two parts, added: over every candidate key for `dense_rows` query tiles per sequence, different
+    ones every step (its cost is linear in the context), and over the selected keys of every tile.
+    During `warmup_steps` attention is dense and only the first part exists.
+    """
+
+    def __init__(self, config: KlObjectiveConfig, dims: LayerDims) -> None:
+        super().__init__()
+        if config.distribution not in DISTRIBUTIONS:
+            choices = " or ".join(DISTRIBUTIONS)
+            raise ValueError(f"objective.distribution={config.distribution!r}: choose {choices}")
+        if not config.selected and config.dense_rows == 0:
+            raise ValueError(
+                "objective kl has nothing to learn from: set objective.selected=true or "
+                "objective.dense_rows above 0"
+            )
+        if config.warmup_steps and config.dense_rows == 0:
+            raise ValueError("objective.warmup_steps needs objective.dense_rows above 0")
+        self.weight, self.warmup_steps = config.weight, config.warmup_steps
+        self.dense_rows, self.selected = config.dense_rows, config.selected
+        self.distribution = config.distribution
+        self.detach_indexer, self.need_mass = config.detach, config.selected
+
+    def dense(self, seq: Sequence) -> bool:
+        return self.training and seq.step < self.warmup_steps
+
+    @torch.compiler.disable
+    def loss(
+        self,
+        factors: Any,
+        spec: Any,
+        selection: Any,
+        mass: Tensor | None,
+        q_BTHE: Tensor,
+        k_BSKE: Tensor,
+        seq: Sequence,
+    ) -> Tensor | None:
+        total: Tensor | None = None
+        if self.dense_rows:
+            shape = (q_BTHE.shape[1], k_BSKE.shape[1], seq.q_start, None)
+            tiles = spread(tile_layout(spec, *shape).n_tiles, self.dense_rows, seq.step)
+            total = dense_kl(
+                factors,
+                q_BTHE.detach(),
+                k_BSKE.detach(),
+                spec,
+                torch.tensor(tiles),
+                seq.doc_start_BS,
+                self.distribution,
+            )
+        if self.selected and selection is not None and mass is not None:
+            part = selected_kl(factors, selection, mass, self.distribution)
+            total = part if total is None else total + part
+        return None if total is None else self.weight * total
+
+
+class BiasObjective(Objective):
+    """beta * log(score) on the attention logits of selected keys: the language-model loss
+    reaches the indexer, and through it the layers below unless `detach` is set."""
+
+    def __init__(self, config: BiasObjectiveConfig, dims: LayerDims) -> None:
+        super().__init__()
+        self.beta, self.detach_indexer = config.beta, config.detach
+
+    @torch.compiler.disable
+    def bias(self, factors: Any, selection: Any, previous: Tensor | None) -> Tensor | None:
+        return log_score_bias(factors, selection, self.beta, previous)
