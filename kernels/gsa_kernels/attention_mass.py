@@ -152,7 +152,7 @@ def _compare(
     # A tile that keeps every candidate shows nothing about the choice.
     real = (count[..., 0] > 0) & (allowed.sum(-1) > count[..., 0])
     width = min(chosen.shape[-1], n_blocks)
-    order = mass.argsort(-1, descending=True, stable=True)[..., :width]
+    order = mass.argsort(dim=-1, descending=True, stable=True)[..., :width]
     rank = torch.arange(width, device=mass.device) < count
     safe = chosen.clamp(0, n_blocks - 1)
     shared = torch.isin(_tagged(order, rank), _tagged(safe, chosen >= 0)) & rank

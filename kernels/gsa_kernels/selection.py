@@ -278,7 +278,7 @@ class Selection:
             raise ValueError("a FlexAttention mask is built for whole sequences (q_start = 0)")
         layout = self.to_layout(block)
         counts = layout.sum(-1).to(torch.int32)
-        order = layout.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)
+        order = layout.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         c, r = self.spec.key_block, self.spec.query_tile
         blocks, valid = self.slots(slice(None))
         batch, heads, tiles, _ = blocks.shape

@@ -1,0 +1,143 @@
+"""`check`: build on the meta device and say what a run would cost, without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gsa_platform.model.flops import (
+    TokenFlops,
+    flops_per_token,
+    indexer_scoring_flops,
+    mean_keys,
+    training_memory,
+)
+from gsa_platform.model.layer_pattern import expand_pattern
+
+
+def sparse_layers(cfg: Any) -> int:
+    """How many layers select keys."""
+    if cfg.indexer.name == "none":
+        return 0
+    names = expand_pattern(list(cfg.model.layer_pattern), cfg.model.n_layers)
+    return sum(name in ("*", cfg.attention.name) for name in names)
+
+
+def token_flops(cfg: Any, vocab: int, keys: float | None = None) -> TokenFlops:
+    """FLOPs per token of the configured model; keys: measured keys per query, else the budget's."""
+    n_sparse = sparse_layers(cfg)
+    budget = cfg.sparsity.get("k")
+    if keys is None and budget is not None:
+        keys = mean_keys(cfg.context, budget)
+    indexer = 0
+    if n_sparse:
+        pooled = cfg.indexer.get("block_score", "max") == "mean"
+        shared = int(cfg.attention.get("query_tile", 0)) or 1
+        block = int(cfg.attention.get("key_block", 0)) or 1
+        scoring = indexer_scoring_flops(
+            cfg.model.d_model,
+            cfg.indexer.get("heads", 0),
+            cfg.indexer.get("dim", 0),
+            cfg.context // shared,
+            block if pooled else 1,
+        )
+        indexer = scoring
+    return flops_per_token(
+        cfg.model,
+        cfg.context,
+        vocab,
+        keys if n_sparse else None,
+        n_sparse,
+        indexer,
+        gate_parameters(cfg),
+    )
+
+
+def gate_parameters(cfg: Any) -> int:
+    """Weights of one layer's gate projections."""
+    m = cfg.model
+    width = m.head_dim or m.d_model // m.n_heads
+    per_head = width if cfg.gate.get("granularity", "elementwise") == "elementwise" else 1
+    heads = {"value": m.n_kv_heads, "output": m.n_heads, "dual": m.n_kv_heads + m.n_heads}
+    return m.d_model * per_head * heads.get(cfg.gate.name, 0)
+
+
+def training_flops_per_token(cfg: Any, vocab: int, keys: float | None) -> float:
+    return float(token_flops(cfg, vocab, keys).training)
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """Print and return parameters, FLOPs per token (sparse and dense) and a memory estimate."""
+    import torch
+
+    from gsa_platform import registry
+    from gsa_platform.data.tokenizers import build_tokenizer
+    from gsa_platform.model.transformer import Transformer
+
+    vocab = build_tokenizer(cfg.data.tokenizer).vocab_size
+    with torch.device("meta"):
+        model = Transformer(cfg, vocab, registry.get(cfg.get("plugins_path")))
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        kind = "other"
+        for key in ("embedding", "head", "indexer", "gate.", "ffn", "attention"):
+            if key in name:
+                kind = key.rstrip(".")
+                break
+        groups[kind] = groups.get(kind, 0) + parameter.numel()
+    total = sum(groups.values())
+    sparse = token_flops(cfg, vocab)
+    dense = flops_per_token(
+        cfg.model, cfg.context, vocab, None, 0, 0, gate_parameters(cfg)
+    )
+    memory = training_memory(
+        cfg.model,
+        cfg.context,
+        vocab,
+        cfg.train.batch_size,
+        cfg.trainer.precision,
+        cfg.train.activation_checkpointing,
+        cfg.train.ce_chunk,
+        total,
+    )
+    result = {
+        "parameters": total,
+        "parameters_by_part": groups,
+        "flops_per_token": sparse.training,
+        "flops_per_token_dense": dense.training,
+        "memory_bytes": memory.total,
+    }
+    print(render(cfg, result, sparse, dense, memory, model))
+    return result
+
+
+def render(
+    cfg: Any, result: dict[str, Any], sparse: TokenFlops, dense: TokenFlops, memory: Any, model: Any
+) -> str:
+    gb = 1e9
+    parts = ", ".join(f"{k} {v:,}" for k, v in result["parameters_by_part"].items())
+    lines = [
+        f"model        {cfg.model.name}, context {cfg.context:,}",
+        *(f"             {line}" for line in model.describe("cpu")),
+        f"parameters   {result['parameters']:,} ({parts})",
+        f"FLOPs/token  {sparse.training / 1e6:,.1f} M to train "
+        f"(attention {3 * sparse.attention / 1e6:,.1f} M, indexer {3 * sparse.indexer / 1e6:,.1f} M)",
+        f"  if dense   {dense.training / 1e6:,.1f} M "
+        f"(attention {3 * dense.attention / 1e6:,.1f} M): {dense.training / sparse.training:.2f} x",
+        f"FLOPs/step   {sparse.training * step_tokens(cfg) / 1e12:,.2f} T for "
+        f"{step_tokens(cfg):,} tokens",
+        f"memory       {memory.total / gb:.2f} GB estimated per device: parameters "
+        f"{memory.parameters / gb:.2f}, gradients {memory.gradients / gb:.2f}, optimizer "
+        f"{memory.optimizer / gb:.2f}, activations {memory.activations / gb:.2f}, "
+        f"loss {memory.loss / gb:.2f}",
+        *(f"note         {note}" for note in cfg.notes),
+    ]
+    return "\n".join(lines)
+
+
+def step_tokens(cfg: Any) -> int:
+    """Tokens of one optimizer step over all devices."""
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    micro = cfg.context * cfg.train.batch_size * cfg.train.accumulate
+    return int(micro * max(1, devices) * cfg.trainer.num_nodes)

@@ -1,0 +1,1 @@
+"""Measurements of a model that are no part of training it."""

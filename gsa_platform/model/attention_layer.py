@@ -1,0 +1,172 @@
+"""The attention layer: projections, rotary embedding and the four slots around them.
+
+x -> q, k, v -> value gate -> indexer -> selection -> attention -> output gate -> projection
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsa_platform.contracts import Attention, Gate, Indexer, LayerDims, Objective, Sequence, Sparsity
+from gsa_platform.model.rope import apply_rotary
+
+
+@dataclass
+class Components:
+    """The slots of one layer; None where nothing is plugged in."""
+
+    attention: Attention
+    indexer: Indexer | None = None
+    sparsity: Sparsity | None = None
+    gate: Gate | None = None
+    objective: Objective | None = None
+
+
+@dataclass
+class LayerCache:
+    """What decoding keeps of one layer: keys, gated values, index keys, the unfinished tile."""
+
+    k_BSKE: Tensor | None = None
+    v_BSKE: Tensor | None = None
+    index_k_BSI: Tensor | None = None
+    tail: Any = None
+    bias: Tensor | None = None
+
+    @staticmethod
+    def append(old: Tensor | None, new: Tensor) -> Tensor:
+        return new if old is None else torch.cat([old, new], 1)
+
+
+@dataclass
+class LayerReport:
+    """What a layer says about one forward pass, all detached but index_loss."""
+
+    index_loss: Tensor | None = None
+    keys: dict[str, Tensor] = field(default_factory=dict)  # mean, min, max keys per query
+    gates: dict[str, Tensor] = field(default_factory=dict)  # mean and share below 0.1, per gate
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # mean score statistics
+    probe: dict[str, Tensor] = field(default_factory=dict)  # only on probed passes, as are:
+    keys_BHT: Tensor | None = None  # keys attended by each query
+    gate_values: dict[str, Tensor] = field(default_factory=dict)
+
+
+class AttentionLayer(nn.Module):
+    """Causal self-attention with pluggable parts. Shapes as in contracts.py."""
+
+    def __init__(
+        self, dims: LayerDims, parts: Components, qk_norm: bool, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.dims = dims
+        width, kv_width = dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim
+        self.q_proj = nn.Linear(dims.d_model, width, bias=False)
+        self.k_proj = nn.Linear(dims.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(dims.d_model, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, dims.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(dims.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dims.head_dim, eps=norm_eps) if qk_norm else None
+        self.attention, self.indexer, self.sparsity = parts.attention, parts.indexer, parts.sparsity
+        self.gate, self.objective = parts.gate, parts.objective
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        seq: Sequence,
+        cache: LayerCache | None = None,
+        probe: bool = False,
+    ) -> tuple[Tensor, LayerReport]:
+        q, k, v = self._qkv(x_BTD, rotary)
+        report = LayerReport()
+        gates = self.gate(x_BTD) if self.gate is not None else None
+        if gates is not None and gates.value_BTKE is not None:
+            v = v * gates.value_BTKE.to(v.dtype)
+            report.gates.update(_gate_summary("value", gates.value_BTKE))
+        if cache is not None:
+            k = cache.k_BSKE = cache.append(cache.k_BSKE, k)
+            v = cache.v_BSKE = cache.append(cache.v_BSKE, v)
+        if self.indexer is None:
+            out = self.attention(q, k, v, None, seq).out_BTHE
+            selection = None
+        else:
+            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report)
+        if probe:
+            report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
+            report.keys_BHT = None if selection is None else selection.attended_BHT()
+            if gates is not None:
+                for name, value in (("value", gates.value_BTKE), ("output", gates.output_BTHE)):
+                    if value is not None:
+                        report.gate_values[name] = value.detach()
+        if gates is not None and gates.output_BTHE is not None:
+            out = out * gates.output_BTHE.to(out.dtype)
+            report.gates.update(_gate_summary("output", gates.output_BTHE))
+        return self.o_proj(out.flatten(2)), report
+
+    def _qkv(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width = (-1, self.dims.head_dim)
+        q = self.q_proj(x_BTD).unflatten(-1, width)
+        k = self.k_proj(x_BTD).unflatten(-1, width)
+        v = self.v_proj(x_BTD).unflatten(-1, width)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def _select_and_attend(
+        self,
+        x_BTD: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: Sequence,
+        cache: LayerCache | None,
+        report: LayerReport,
+    ) -> tuple[Tensor, Any]:
+        assert self.indexer is not None and self.sparsity is not None
+        objective = self.objective
+        detach = objective is None or objective.detach_indexer
+        spec = self.attention.selection_spec(self.sparsity)
+        factors = self.indexer(x_BTD.detach() if detach else x_BTD, seq, spec)
+        if cache is not None:
+            cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
+            factors = factors.with_keys(cache.index_k_BSI)
+        if objective is not None and objective.dense(seq):
+            out = self.attention(q, k, v, None, seq).out_BTHE
+            report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)
+            return out, None
+        previous = cache.tail if cache is not None else None
+        choice = self.indexer.select(factors, spec, self.sparsity, seq, previous)
+        bias = None
+        if objective is not None:
+            bias = objective.bias(factors, choice.selection, cache.bias if cache else None)
+        learn = objective is not None and self.training and torch.is_grad_enabled()
+        need_mass = learn and objective is not None and objective.need_mass
+        result = self.attention(q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass)
+        if learn and objective is not None:
+            report.index_loss = objective.loss(
+                factors, spec, choice.selection, result.mass, q, k, seq
+            )
+        if cache is not None:
+            cache.tail = choice.selection.tail()
+            cache.bias = None if bias is None else bias.detach()[:, :, -1:]
+        report.keys = _key_summary(choice.selection)
+        report.statistics = {n: s.float().mean() for n, s in choice.statistics.items()}
+        return result.out_BTHE, choice.selection
+
+
+@torch.no_grad()
+def _gate_summary(name: str, gate: Tensor) -> dict[str, Tensor]:
+    gate = gate.detach()
+    return {f"{name}_mean": gate.float().mean(), f"{name}_low": (gate < 0.1).float().mean()}
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _key_summary(selection: Any) -> dict[str, Tensor]:
+    keys = selection.attended_BHT().float()
+    return {"mean": keys.mean(), "min": keys.min(), "max": keys.max()}

@@ -1,0 +1,198 @@
+"""The decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU, tied embeddings.
+
+Legend: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gsa_platform.contracts import LayerDims, Sequence
+from gsa_platform.model.attention_layer import AttentionLayer, Components, LayerCache, LayerReport
+from gsa_platform.model.layer_pattern import expand_pattern
+from gsa_platform.model.rope import RotaryTable
+from gsa_platform.registry import Registry
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(d_model, ffn_dim, bias=False)
+        self.down_proj = nn.Linear(ffn_dim, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, layer: AttentionLayer, ffn_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        d_model = layer.dims.d_model
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention = layer
+        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.ffn = SwiGLU(d_model, ffn_dim)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        seq: Sequence,
+        cache: LayerCache | None = None,
+        probe: bool = False,
+    ) -> tuple[Tensor, LayerReport]:
+        out, report = self.attention(self.attention_norm(x_BTD), rotary, seq, cache, probe)
+        x_BTD = x_BTD + out
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), report
+
+
+@dataclass
+class ModelOutput:
+    """hidden_BTD after the final norm (logits are hidden @ head_weight.T), one report a layer."""
+
+    hidden_BTD: Tensor
+    reports: list[LayerReport] = field(default_factory=list)
+
+
+class Transformer(nn.Module):
+    """A language model over `vocab_size` tokens, its layers built from the configured slots."""
+
+    def __init__(self, cfg: Any, vocab_size: int, registry: Registry) -> None:
+        """cfg: the resolved configuration (keys model, context and the five slots)."""
+        super().__init__()
+        m = cfg.model
+        head_dim = m.head_dim or m.d_model // m.n_heads
+        self.activation_checkpointing = bool(cfg.train.activation_checkpointing)
+        self.rotary = RotaryTable(head_dim, m.rope_theta, m.rope_scaling)
+        self.embedding = nn.Embedding(vocab_size, m.d_model)
+        pattern = expand_pattern(list(m.layer_pattern), m.n_layers)
+        blocks = []
+        for i, name in enumerate(pattern):
+            dims = LayerDims(
+                m.d_model,
+                m.n_heads,
+                m.n_kv_heads,
+                head_dim,
+                cfg.context,
+                i,
+                m.n_layers,
+                m.rope_theta,
+            )
+            layer = AttentionLayer(dims, _components(cfg, registry, name, dims), m.qk_norm, m.norm_eps)
+            blocks.append(Block(layer, ffn_width(m.d_model, m.ffn_dim), m.norm_eps))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(m.d_model, eps=m.norm_eps)
+        self.head = None if m.tie_embeddings else nn.Linear(m.d_model, vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def init_weights(self) -> None:
+        """Initial weights, normal with the standard deviation given:
+
+        embedding, untied head      0.02
+        q, k, v, ffn gate and up    1 / sqrt(inputs)
+        o_proj, ffn down            1 / sqrt(inputs) / sqrt(2 layers)
+        indexer, gates              their own reset_parameters
+        """
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+        shrink = (2 * len(self.blocks)) ** -0.5
+        for block in self.blocks:
+            a, f = block.attention, block.ffn
+            for proj in (a.q_proj, a.k_proj, a.v_proj, f.gate_proj, f.up_proj):
+                nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+            for proj in (a.o_proj, f.down_proj):
+                nn.init.normal_(proj.weight, std=shrink * proj.in_features**-0.5)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        doc_start_BS: Tensor | None = None,
+        step: int = 0,
+        cache: list[LayerCache] | None = None,
+        probe: bool = False,
+    ) -> ModelOutput:
+        """Hidden states of the tokens; with a cache they continue it (doc_start covers all keys)."""
+        start = 0
+        if cache is not None and cache[0].k_BSKE is not None:
+            start = cache[0].k_BSKE.shape[1]
+        seq = Sequence(start, doc_start_BS, step)
+        x = self.embedding(tokens_BT)
+        position = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        rotary = self.rotary.cos_sin(position)
+        reports = []
+        for i, block in enumerate(self.blocks):
+            held = None if cache is None else cache[i]
+            if self.activation_checkpointing and self.training and held is None:
+                x, report = checkpoint(block, x, rotary, seq, None, probe, use_reentrant=False)
+            else:
+                x, report = block(x, rotary, seq, held, probe)
+            reports.append(report)
+        return ModelOutput(self.norm(x), reports)
+
+    def new_cache(self) -> list[LayerCache]:
+        return [LayerCache() for _ in self.blocks]
+
+    def observe(self, statistics: list[dict[str, Tensor]]) -> None:
+        """Hand each layer's mean score statistics of a step to its sparsity controller."""
+        for block, values in zip(self.blocks, statistics, strict=True):
+            sparsity = block.attention.sparsity
+            if sparsity is not None and values:
+                sparsity.observe(values)
+
+    def describe(self, device_type: str) -> list[str]:
+        """One line per distinct attention implementation, with the layers that use it."""
+        lines: dict[str, list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            lines.setdefault(block.attention.attention.describe(device_type), []).append(i)
+        return [f"layers {_ranges(layers)}: {line}" for line, layers in lines.items()]
+
+
+def ffn_width(d_model: int, ffn_dim: int) -> int:
+    """Width of the feed-forward; 0 takes SwiGLU's 8/3 d_model rounded up to a multiple of 64."""
+    return ffn_dim or -(-8 * d_model // 3 // 64) * 64
+
+
+def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Components:
+    """The slots of one layer. A layer that attends to every key takes no indexer."""
+    configured = name in ("*", cfg.attention.name)
+    attention = registry.build(
+        "attention", cfg.attention if configured else {"name": name}, dims
+    )
+    gate = registry.build("gate", cfg.gate, dims)
+    modes = registry.component("attention", cfg.attention.name if configured else name)
+    if not modes.capabilities.modes:
+        return Components(attention, gate=gate)
+    return Components(
+        attention,
+        registry.build("indexer", cfg.indexer, dims),
+        registry.build("sparsity", cfg.sparsity, dims),
+        gate,
+        registry.build("objective", cfg.objective, dims),
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[str] = []
+    start = previous = numbers[0]
+    for n in [*numbers[1:], -1]:
+        if n != previous + 1:
+            parts.append(str(start) if start == previous else f"{start}-{previous}")
+            start = n
+        previous = n
+    return ", ".join(parts)

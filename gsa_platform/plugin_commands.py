@@ -1,0 +1,143 @@
+"""``plugins list`` and ``plugins show``: what is installed, whether it works, how to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+from gsa_platform import registry
+from gsa_platform.errors import UserError, unknown
+from gsa_platform.registry import DEPENDENT, SLOTS, Component, Entry, Plugin, Registry
+
+USAGE = "Usage: gsa-platform plugins list | gsa-platform plugins show NAME"
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``plugins list`` or ``plugins show NAME``; raises UserError for anything else."""
+    command, *rest = arguments or ["list"]
+    found = registry.get()
+    if command == "list" and not rest:
+        print(list_text(found))
+    elif command == "show" and len(rest) == 1:
+        print(show_text(found, rest[0]))
+    elif command in ("list", "show"):
+        raise UserError(USAGE)
+    else:
+        raise UserError(f"{unknown('plugins command', command, ('list', 'show'))}\n  {USAGE}")
+    return 0
+
+
+def list_text(found: Registry) -> str:
+    """Return a table of components, then plugins that are off or broken, then conflicts."""
+    rows = [("slot", "name", "distribution", "version", "status", "summary")]
+    for slot in SLOTS:
+        for name in found.names(slot):
+            entry = found.entries[slot][name]
+            reason = entry.unavailable()
+            status = f"unavailable: {reason}" if reason else "ok"
+            rows.append((slot, name, *_source(entry.plugin), status, entry.component.summary))
+    for plugin in found.plugins:
+        if plugin.status != "ok":
+            status = f"{plugin.status}: {plugin.reason}"
+            rows.append(("(plugin)", plugin.name, *_source(plugin), status, ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    widths.append(min(40, max(len(row[4]) for row in rows)))
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0])).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"conflict: {text}" for text in found.conflicts)])
+
+
+def show_text(found: Registry, name: str) -> str:
+    """Return the description of every component called ``name`` (or ``slot=name``), or of the
+    plugin of that name; raises UserError with the choices."""
+    slot, equals, rest = name.partition("=")
+    if equals:
+        return _component_text(found.entry(slot, rest))
+    entries = [found.entries[s][name] for s in SLOTS if name in found.entries[s]]
+    if entries:
+        return "\n\n".join(_component_text(entry) for entry in entries)
+    for plugin in found.plugins:
+        if name in (plugin.name, plugin.distribution):
+            return _plugin_text(found, plugin)
+    known = {n for s in SLOTS for n in found.names(s)} | {p.name for p in found.plugins}
+    raise UserError(unknown("component or plugin", name, known) + found.broken_text(name))
+
+
+def _source(plugin: Plugin) -> tuple[str, str]:
+    return plugin.distribution, plugin.version or "-"
+
+
+def _plugin_text(found: Registry, plugin: Plugin) -> str:
+    distribution, version = _source(plugin)
+    lines = [f"plugin {plugin.name}", f"  from          {distribution} {version}"]
+    lines.append(f"  status        {plugin.status}{f': {plugin.reason}' * bool(plugin.reason)}")
+    for slot in SLOTS:
+        names = [n for n in found.names(slot) if found.entries[slot][n].plugin is plugin]
+        if names:
+            lines.append(f"  {slot:<13} {', '.join(names)}")
+    return "\n".join([*lines, *(f"  warning       {warning}" for warning in plugin.warnings)])
+
+
+def _component_text(entry: Entry) -> str:
+    component, slot = entry.component, entry.slot
+    distribution, version = _source(entry.plugin)
+    reason = entry.unavailable()
+    lines = [
+        f"{slot}={component.name}",
+        f"  {component.summary}" if component.summary else "",
+        f"  from          {distribution} {version}, plugin {entry.plugin.name}",
+        f"  status        {f'unavailable: {reason}' if reason else 'ok'}",
+        f"  target        {component.target or '(nothing is built)'}",
+    ]
+    if component.target:
+        lines.append(f"  capabilities  {_capabilities(component)}")
+    settings = [f for f in dataclasses.fields(component.config) if f.name != "name"]
+    if settings:
+        comments = field_comments(component.config)
+        rows = [(f"{slot}.{f.name}={_default(f)}", comments.get(f.name, "")) for f in settings]
+        width = max(len(row[0]) for row in rows)
+        lines.append("  settings and defaults")
+        lines += [f"    {text.ljust(width)}  {comment}".rstrip() for text, comment in rows]
+    example = f"gsa-platform experiment=gsa_128k {slot}={component.name}"
+    if component.name == "none" and slot in DEPENDENT:
+        example = "gsa-platform experiment=gsa_128k attention=dense"
+    if settings:
+        example += f" {slot}.{settings[0].name}={_default(settings[0])}"
+    lines.append(f"  example       {example}")
+    return "\n".join(line for line in lines if line)
+
+
+def _capabilities(component: Component) -> str:
+    parts = []
+    for field in dataclasses.fields(component.capabilities):
+        value = getattr(component.capabilities, field.name)
+        if isinstance(value, bool):
+            parts.append(field.name if value else f"no {field.name}")
+        elif value:
+            parts.append(f"{field.name} {'/'.join(map(str, value))}")
+    return ", ".join(parts)
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "?"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def field_comments(config: type) -> dict[str, str]:
+    """Return the trailing comment of each field of a dataclass whose source is known."""
+    comments: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):
+            continue
+        for match in re.finditer(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, re.MULTILINE):
+            comments[match.group(1)] = match.group(2)
+    return comments

@@ -1,0 +1,117 @@
+"""Opens the MLflow store; a SQLite file is created once, under a lock, before anything uses it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from gsa_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+SQLITE = "sqlite:///"
+LOCK_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Database:
+    """An MLflow store that exists and has its schema.
+
+    `uri` holds an absolute path if it is SQLite; `artifact_root` is the folder for artifacts
+    beside a SQLite file, None where a server decides.
+    """
+
+    uri: str
+    artifact_root: Path | None
+
+    def client(self) -> MlflowClient:
+        """A client of this store; raises UserError if MLflow is not installed."""
+        return mlflow_client(self.uri)
+
+    def artifact_location(self, experiment: str) -> str | None:
+        """Artifact URI for a new experiment."""
+        if self.artifact_root is None:
+            return None
+        folder = re.sub(r"[^A-Za-z0-9_.-]+", "_", experiment) or "experiment"
+        return (self.artifact_root / folder).as_uri()
+
+
+def normalise_uri(uri: str) -> str:
+    """The URI with an absolute path if it is SQLite (`sqlite:///runs/a.db` is relative).
+
+    Raises UserError for a folder store, which MLflow no longer accepts.
+    """
+    if uri.startswith(SQLITE):
+        path, question, query = uri[len(SQLITE) :].partition("?")
+        if not path or path == ":memory:":
+            raise UserError(
+                f"tracking.uri={uri}: workers in other processes need a file; use "
+                "sqlite:///path/to/mlflow.db or choose tracking=none"
+            )
+        return f"{SQLITE}{Path(path).expanduser().absolute()}{question}{query}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"tracking.uri={uri}: MLflow needs a database or a server; use "
+            "sqlite:///path/to/mlflow.db, http(s)://server, or choose tracking=none"
+        )
+    return uri
+
+
+def open_database(uri: str) -> Database:
+    """Create the store's schema where it is missing and return the store.
+
+    Safe to call from many processes at once on a file that does not exist yet. Raises UserError
+    for an unusable URI, a missing MLflow, or a schema of another MLflow version.
+    """
+    uri = normalise_uri(uri)
+    if not uri.startswith(SQLITE):
+        return Database(uri, None)
+    path = Path(uri[len(SQLITE) :].partition("?")[0])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"tracking.uri={uri}: cannot create {path.parent}: {error}") from error
+    # MLflow creates tables and runs migrations in the client's constructor with no lock of its
+    # own, so two first users of one file break each other.
+    with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
+        _create_schema(uri)
+    return Database(uri, path.parent / "mlflow-artifacts")
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """An MlflowClient for `uri`; raises UserError, naming `tracking=none`, without MLflow."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        if not uri.startswith(("http://", "https://")):
+            import sqlalchemy  # noqa: F401  (mlflow-skinny lacks it and would fail much later)
+        from mlflow.tracking import MlflowClient
+    except ImportError as error:
+        raise UserError(
+            f"tracking=mlflow needs the full mlflow package ({error}); install `mlflow` "
+            "(mlflow-skinny has no database) or choose tracking=none"
+        ) from error
+    return MlflowClient(uri)
+
+
+def _create_schema(uri: str) -> None:
+    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = mlflow_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_experiment_by_name("Default")
+    except MlflowException as error:
+        if "out-of-date" not in str(error):
+            raise
+        raise UserError(
+            f"tracking.uri={uri} was written by another MLflow version; back it up and run "
+            f"`mlflow db upgrade {uri}`, or choose another tracking.uri"
+        ) from error

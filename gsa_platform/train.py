@@ -1,0 +1,138 @@
+"""Train one resolved configuration: build, fit, close."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from gsa_platform import registry
+from gsa_platform.data.datamodule import TextDataModule
+from gsa_platform.diagnostics.cost import measure_attention
+from gsa_platform.diagnostics.device import device_name, peak_memory_gb
+from gsa_platform.module import LanguageModel
+from gsa_platform.progress import progress_callback, say
+from gsa_platform.report.collect import collect_result
+from gsa_platform.report.summary import render_summary
+from gsa_platform.tracking import build_loggers
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train, validate and summarise; returns the figures of the closing summary.
+
+    Runs in every worker; only rank 0 logs and prints. Raises UserError before the first step for
+    data or settings that cannot work.
+    """
+    began = time.perf_counter()
+    quiet_lightning()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    data = TextDataModule(cfg)
+    data.prepare_data()
+    plugins = registry.get(cfg.get("plugins_path"))
+    module = LanguageModel(cfg, data.vocab_size, plugins)
+    trainer = build_trainer(cfg)
+    if trainer.is_global_zero:
+        for line in opening_lines(cfg, data, module, trainer):
+            say(line)
+    resuming = cfg.train.resume is not None
+    if not resuming:
+        trainer.validate(module, data, verbose=False)
+    load_weights_only(trainer, module, data, cfg)
+    trainer.validate(module, data, verbose=False)
+    peak = peak_memory_gb(trainer.strategy.root_device)
+    cost = {}
+    if cfg.train.dense_cost and trainer.is_global_zero:
+        say("cost    measuring one layer with dense attention for comparison ...")
+        cost = measure_attention(module, cfg, plugins)
+    trainer.strategy.barrier()
+    result = collect_result(cfg, module, data, trainer, peak, cost, time.perf_counter() - began)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"final/{k}": v for k, v in result["final"].items()}, trainer.global_step)
+        logger.finalize("success")
+    if trainer.is_global_zero:
+        say("\n" + render_summary(result["summary"]))
+    return result
+
+
+def load_weights_only(
+    trainer: L.Trainer, module: LanguageModel, data: TextDataModule, cfg: DictConfig
+) -> None:
+    """Fit, from the checkpoint to resume if there is one (tensors and plain values only)."""
+    trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """The Lightning Trainer of this worker; several devices train with DDP."""
+    t, n = cfg.trainer, cfg.train
+    strategy = t.strategy
+    if strategy == "auto" and (t.devices > 1 or t.num_nodes > 1):
+        strategy = "ddp"
+    checkpoints = L.pytorch.callbacks.ModelCheckpoint(
+        dirpath=Path(cfg.run_dir) / "checkpoints",
+        filename="last",
+        every_n_train_steps=n.checkpoint_every or n.steps,
+        save_top_k=1,
+        save_on_exception=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[L.Callback] = [checkpoints]
+    bar = t.progress_bar
+    if bar:
+        callbacks.append(progress_callback(n.steps))
+    return L.Trainer(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=strategy,
+        precision=t.precision,
+        max_steps=n.steps,
+        accumulate_grad_batches=n.accumulate,
+        val_check_interval=n.val_every * n.accumulate or None,
+        check_val_every_n_epoch=None if n.val_every else 1,
+        limit_val_batches=1.0,
+        log_every_n_steps=n.log_every,
+        num_sanity_val_steps=0,
+        logger=build_loggers(cfg),
+        callbacks=callbacks,
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        deterministic=n.deterministic or None,
+    )
+
+
+def opening_lines(
+    cfg: DictConfig, data: TextDataModule, module: LanguageModel, trainer: L.Trainer
+) -> list[str]:
+    """What a reader wants to know before the first step."""
+    device = trainer.strategy.root_device
+    parameters = sum(p.numel() for p in module.model.parameters())
+    described = data.describe()
+    indexer = cfg.indexer.name
+    lines = [
+        f"model   {cfg.model.name}: {parameters:,} parameters, {cfg.model.n_layers} layers, "
+        f"context {cfg.context:,}",
+        *(f"        {line}" for line in module.model.describe(device.type)),
+        f"slots   attention={cfg.attention.name} indexer={indexer} sparsity={cfg.sparsity.name} "
+        f"gate={cfg.gate.name} objective={cfg.objective.name}",
+        f"data    {described['source']}: {described['documents']:,} documents, "
+        f"{described['tokens']:,} tokens, tokenizer {described['tokenizer']}",
+        f"device  {trainer.world_size} x {device_name(device)}, precision {cfg.trainer.precision}",
+    ]
+    return lines
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's tips and advice for interactive use out of the log."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,148 @@
+import math
+import re
+
+import pytest
+
+from gsa_platform.report import render_summary
+
+RESULT = {
+    "name": "gsa_128k",
+    "model": "decoder, 8 layers, 17.3 M parameters",
+    "data": "stdlib, bytes, 12.3 MB",
+    "steps": 200,
+    "tokens": 26214400,
+    "wall_s": 3725.3,
+    "loss_first": 5.6,
+    "loss": 2.31,
+    "val_loss": 2.4,
+    "perplexity": 11.0232,
+    "bits_per_byte": 3.46246,
+    "tokens_per_s": 7037.2,
+    "mfu": 0.4123,
+    "peak_memory_gb": 41.2,
+    "keys_mean": 1990.3,
+    "keys_fraction": 0.0304,
+    "budget": 2048,
+    "first_token_attention": [0.1, 0.02],
+    "first_token_uniform": 0.0064,
+    "gate_value_mean": 0.45,
+    "gate_output_mean": 0.2,
+    "recall_first": 0.4,
+    "recall_last": 0.8,
+    "dense_attention_s": 0.127,
+    "sparse_attention_s": 0.0081,
+    "dense_step_s": 3.2,
+    "step_s": 1.1,
+    "dense_note": "dense: SDPA cuDNN on the same weights",
+    "run_dir": "/runs/gsa_128k",
+    "mlflow_command": "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db",
+    "notes": ["preset h200 picked"],
+}
+
+GOLDEN = """\
++-- gsa_128k --
+|   Model                decoder, 8 layers, 17.3 M parameters
+|   Data                 stdlib, bytes, 12.3 MB
+|
+| Learning
+|   Trained              200 steps, 26,214,400 tokens
+|   Training loss        5.6000 -> 2.3100 nats/token (first -> last step)
+|   Validation loss      2.4000 nats/token
+|   Perplexity           11.02 per token
+|   Compression          3.4625 bits/byte
+|
+| Cost
+|   Wall time            1 h 2 min 05 s
+|   Throughput           7,037 tokens/s, 41.2 % of peak FLOP/s (MFU)
+|   Peak memory          41.20 GB
+|   Training step        1.10 s, 3.20 s dense, 2.91 x faster than dense
+|   Attention, one layer 8.10 ms, 127.00 ms dense, 15.68 x faster than dense
+|                        dense: SDPA cuDNN on the same weights
+|
+| Attention
+|   Keys attended        1,990.3 per query (mean), 3.0 % of the causal keys, 2,048 budget
+|   Selection recall     40.0 % -> 80.0 % of dense attention mass covered (first -> last)
+|   First-token share    6.00 % mean over layers, 10.00 % in layer 0, 0.64 % if uniform
+|   Mean gate (0 to 1)   0.450 value, 0.200 output
+|
+| Where
+|   Run folder           /runs/gsa_128k
+|   Compare runs         mlflow ui --backend-store-uri sqlite:////runs/mlflow.db
+|
+| Notes
+|   - preset h200 picked
++
+"""
+
+
+def inner(text):
+    """The box without its right border and padding."""
+    lines = text.splitlines()
+    assert all(len(line) == 99 for line in lines)
+    assert all(line[-1] == ("+" if line[0] == "+" else "|") for line in lines)
+    return "".join(re.sub(r"[ -]*[|+]?$", "", line[:98]) + "\n" for line in lines)
+
+
+def test_golden_text():
+    expected = "".join(re.sub(r"[ -]*$", "", line) + "\n" for line in GOLDEN.splitlines())
+    assert inner(render_summary(RESULT)) == expected
+
+
+@pytest.mark.parametrize("missing", sorted(RESULT))
+def test_each_key_may_be_missing_or_none(missing):
+    without = {key: value for key, value in RESULT.items() if key != missing}
+    text = render_summary(without)
+    assert "None" not in text
+    assert text == render_summary({**without, missing: None})
+    assert text != render_summary(RESULT)
+
+
+def test_empty_result_is_an_empty_box():
+    assert render_summary({}).splitlines()[0].startswith("+-- run ")
+    assert len(render_summary({}).splitlines()) == 2
+
+
+def test_empty_groups_have_no_title():
+    text = render_summary({"name": "x", "loss": 1.0})
+    assert "Learning" in text
+    assert not re.search("Cost|Attention|Where|Notes", text)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "key", [key for key, value in RESULT.items() if isinstance(value, int | float)]
+)
+def test_not_finite_is_said(key, value):
+    text = render_summary({**RESULT, key: value})
+    assert "not finite" in text
+    assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_not_finite_layer_is_said():
+    text = render_summary({"first_token_attention": [0.1, math.nan]})
+    assert "not finite in 1 of 2 layers" in text
+
+
+def test_slower_than_dense_is_said():
+    assert "2.00 x slower than dense" in render_summary({"step_s": 2.0, "dense_step_s": 1.0})
+
+
+def test_short_times_keep_their_digits():
+    text = render_summary({"sparse_attention_s": 12.5e-6, "wall_s": 4.2})
+    assert "12.5 us" in text
+    assert "4.2 s" in text
+
+
+def test_a_command_is_not_cut_if_a_line_can_hold_it():
+    command = "mlflow ui --backend-store-uri sqlite:////" + "x" * 40 + "/mlflow.db"
+    path = "/" + "y" * 85
+    lines = inner(render_summary({"mlflow_command": command, "run_dir": path})).splitlines()
+    assert "|     " + command in lines
+    assert "|     " + path in lines
+
+
+def test_anything_longer_is_wrapped_and_complete():
+    path, note = "/" + "y" * 250, "word " * 60
+    text = render_summary({"run_dir": path, "notes": [note], "name": "n" * 200})
+    assert inner(text).count("y") == 250
+    assert inner(text).count("word") == 60
