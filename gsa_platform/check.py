@@ -24,8 +24,11 @@ def sparse_layers(cfg: Any) -> int:
     return sum(name in ("*", cfg.attention.name) for name in names)
 
 
-def token_flops(cfg: Any, vocab: int, keys: float | None = None) -> TokenFlops:
-    """FLOPs per token of the configured model; keys: measured keys per query, else the budget's."""
+def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> TokenFlops:
+    """FLOPs per token of the configured model; keys: measured keys per query, else the budget's.
+
+    model: the built Transformer (on any device), which knows the granularity in use.
+    """
     n_sparse = sparse_layers(cfg)
     budget = cfg.sparsity.get("k")
     if keys is None and budget is not None:
@@ -33,16 +36,18 @@ def token_flops(cfg: Any, vocab: int, keys: float | None = None) -> TokenFlops:
     indexer = 0
     if n_sparse:
         pooled = cfg.indexer.get("block_score", "max") == "mean"
-        shared = int(cfg.attention.get("query_tile", 0)) or 1
-        block = int(cfg.attention.get("key_block", 0)) or 1
-        scoring = indexer_scoring_flops(
+        layer = next(b.attention for b in model.blocks if b.attention.indexer is not None)
+        spec = layer.attention.selection_spec(layer.sparsity)
+        shared = int(getattr(spec, "query_tile", 1))
+        block = int(getattr(spec, "key_block", 1))
+        # A tile scores once for all its queries.
+        indexer = indexer_scoring_flops(
             cfg.model.d_model,
             cfg.indexer.get("heads", 0),
             cfg.indexer.get("dim", 0),
             cfg.context // shared,
             block if pooled else 1,
         )
-        indexer = scoring
     return flops_per_token(
         cfg.model,
         cfg.context,
@@ -63,8 +68,8 @@ def gate_parameters(cfg: Any) -> int:
     return m.d_model * per_head * heads.get(cfg.gate.name, 0)
 
 
-def training_flops_per_token(cfg: Any, vocab: int, keys: float | None) -> float:
-    return float(token_flops(cfg, vocab, keys).training)
+def training_flops_per_token(cfg: Any, vocab: int, model: Any, keys: float | None) -> float:
+    return float(token_flops(cfg, vocab, model, keys).training)
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
@@ -87,10 +92,8 @@ def check(cfg: DictConfig) -> dict[str, Any]:
                 break
         groups[kind] = groups.get(kind, 0) + parameter.numel()
     total = sum(groups.values())
-    sparse = token_flops(cfg, vocab)
-    dense = flops_per_token(
-        cfg.model, cfg.context, vocab, None, 0, 0, gate_parameters(cfg)
-    )
+    sparse = token_flops(cfg, vocab, model)
+    dense = flops_per_token(cfg.model, cfg.context, vocab, None, 0, 0, gate_parameters(cfg))
     memory = training_memory(
         cfg.model,
         cfg.context,
@@ -113,18 +116,27 @@ def check(cfg: DictConfig) -> dict[str, Any]:
 
 
 def render(
-    cfg: Any, result: dict[str, Any], sparse: TokenFlops, dense: TokenFlops, memory: Any, model: Any
+    cfg: Any,
+    result: dict[str, Any],
+    sparse: TokenFlops,
+    dense: TokenFlops,
+    memory: Any,
+    model: Any,
 ) -> str:
     gb = 1e9
+
+    def mega(forward: int) -> str:
+        return f"{3 * forward / 1e6:,.1f} M"
+
     parts = ", ".join(f"{k} {v:,}" for k, v in result["parameters_by_part"].items())
     lines = [
         f"model        {cfg.model.name}, context {cfg.context:,}",
         *(f"             {line}" for line in model.describe("cpu")),
         f"parameters   {result['parameters']:,} ({parts})",
         f"FLOPs/token  {sparse.training / 1e6:,.1f} M to train "
-        f"(attention {3 * sparse.attention / 1e6:,.1f} M, indexer {3 * sparse.indexer / 1e6:,.1f} M)",
+        f"(attention {mega(sparse.attention)}, indexer {mega(sparse.indexer)})",
         f"  if dense   {dense.training / 1e6:,.1f} M "
-        f"(attention {3 * dense.attention / 1e6:,.1f} M): {dense.training / sparse.training:.2f} x",
+        f"(attention {mega(dense.attention)}): {dense.training / sparse.training:.2f} x",
         f"FLOPs/step   {sparse.training * step_tokens(cfg) / 1e12:,.2f} T for "
         f"{step_tokens(cfg):,} tokens",
         f"memory       {memory.total / gb:.2f} GB estimated per device: parameters "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,8 @@ CONFIG_KEY = "gsa_platform"  # where a checkpoint keeps the plain configuration 
 class LanguageModel(L.LightningModule):
     """Next-token prediction with the indexer's objective beside it."""
 
+    run_model: Callable[..., ModelOutput]
+
     def __init__(self, cfg: Any, vocab_size: int, registry: Registry) -> None:
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
@@ -39,7 +42,9 @@ class LanguageModel(L.LightningModule):
         self.loss_history: list[float] = []
         self.step_seconds: list[float] = []
         self._statistics: list[list[dict[str, Tensor]]] = []
+        self._step_loss: list[Tensor] = []
         self._last_step_end: float | None = None
+        self.first_token_layers: list[float] | None = None
 
     def freeze_untrained(self) -> None:
         """An indexer without an objective gets no gradient; say so to the optimizer and to DDP."""
@@ -48,7 +53,9 @@ class LanguageModel(L.LightningModule):
             if layer.indexer is not None and layer.objective is None:
                 layer.indexer.requires_grad_(False)
 
-    def losses(self, batch: dict[str, Tensor], probe: bool = False) -> tuple[Tensor, Tensor, ModelOutput]:
+    def losses(
+        self, batch: dict[str, Tensor], probe: bool = False
+    ) -> tuple[Tensor, Tensor, ModelOutput]:
         """(summed NLL, scored tokens, model output) of a batch."""
         docs = None if self.cfg.data.cross_document else batch["doc_start_BT"]
         out = self.run_model(batch["tokens_BT"], docs, int(self.global_step), None, probe)
@@ -86,7 +93,7 @@ class LanguageModel(L.LightningModule):
 
     def _log_step(self, loss: Tensor, index_losses: list[Tensor], out: ModelOutput) -> None:
         """Logged means are over micro-batches and ranks, except the loss, which ranks add up."""
-        self._step_loss = getattr(self, "_step_loss", []) + [loss]
+        self._step_loss.append(loss)
         if index_losses:
             value = torch.stack([x.detach() for x in index_losses]).mean()
             self.log("train/index_loss", value, sync_dist=True)
@@ -149,7 +156,7 @@ class LanguageModel(L.LightningModule):
         self.observer.reset()
         self._last_step_end = None  # validation is no part of a step's time
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.cfg)
         schedule = build_schedule(optimizer, self.cfg)
         return {

@@ -16,7 +16,7 @@ from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
 from gsa_platform.module import LanguageModel
 from gsa_platform.progress import progress_callback, say
-from gsa_platform.report.collect import collect_result
+from gsa_platform.report.collect import collect_result, slots_line
 from gsa_platform.report.summary import render_summary
 from gsa_platform.tracking import build_loggers
 
@@ -43,7 +43,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     resuming = cfg.train.resume is not None
     if not resuming:
         trainer.validate(module, data, verbose=False)
-    load_weights_only(trainer, module, data, cfg)
+    trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
     trainer.validate(module, data, verbose=False)
     peak = peak_memory_gb(trainer.strategy.root_device)
     cost = {}
@@ -53,18 +53,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     trainer.strategy.barrier()
     result = collect_result(cfg, module, data, trainer, peak, cost, time.perf_counter() - began)
     for logger in trainer.loggers:
-        logger.log_metrics({f"final/{k}": v for k, v in result["final"].items()}, trainer.global_step)
+        logger.log_metrics(
+            {f"final/{k}": v for k, v in result["final"].items()}, trainer.global_step
+        )
         logger.finalize("success")
     if trainer.is_global_zero:
         say("\n" + render_summary(result["summary"]))
     return result
-
-
-def load_weights_only(
-    trainer: L.Trainer, module: LanguageModel, data: TextDataModule, cfg: DictConfig
-) -> None:
-    """Fit, from the checkpoint to resume if there is one (tensors and plain values only)."""
-    trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
@@ -113,13 +108,11 @@ def opening_lines(
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in module.model.parameters())
     described = data.describe()
-    indexer = cfg.indexer.name
     lines = [
         f"model   {cfg.model.name}: {parameters:,} parameters, {cfg.model.n_layers} layers, "
         f"context {cfg.context:,}",
         *(f"        {line}" for line in module.model.describe(device.type)),
-        f"slots   attention={cfg.attention.name} indexer={indexer} sparsity={cfg.sparsity.name} "
-        f"gate={cfg.gate.name} objective={cfg.objective.name}",
+        f"slots   {slots_line(cfg)}",
         f"data    {described['source']}: {described['documents']:,} documents, "
         f"{described['tokens']:,} tokens, tokenizer {described['tokenizer']}",
         f"device  {trainer.world_size} x {device_name(device)}, precision {cfg.trainer.precision}",
@@ -132,7 +125,11 @@ def quiet_lightning() -> None:
     import logging
     import warnings
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "mlflow.system_metrics.system_metrics_monitor",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message=text)

@@ -24,8 +24,10 @@ from gsa_platform.registry import Registry
 class _Passthrough(Attention):
     """Values straight to the output: a layer without any attention."""
 
-    def forward(self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, *_: Any, **__: Any):  # type: ignore[no-untyped-def, override]
-        return AttentionOutput(q_BTHE + v_BSKE.repeat_interleave(q_BTHE.shape[2] // v_BSKE.shape[2], 2))
+    def forward(self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+        return AttentionOutput(
+            q_BTHE + v_BSKE.repeat_interleave(q_BTHE.shape[2] // v_BSKE.shape[2], 2)
+        )
 
 
 def measure_attention(module: LanguageModel, cfg: Any, registry: Registry) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def measure_attention(module: LanguageModel, cfg: Any, registry: Registry) -> di
     x = torch.randn(1, cfg.context, dims.d_model, device=device).requires_grad_()
     rotary = module.model.rotary.cos_sin(torch.arange(cfg.context, device=device))
     seq = Sequence(step=module.global_step)
-    bare = AttentionLayer(dims, Components(_Passthrough(), gate=layer.gate), layer.q_norm is not None)
+    bare = AttentionLayer(
+        dims, Components(_Passthrough(), gate=layer.gate), layer.q_norm is not None
+    )
     bare.to(device)
 
     def run(part: AttentionLayer) -> Callable[[], None]:

@@ -49,7 +49,7 @@ class AttentionObserver(nn.Module):
             self.best.update(p["best"].sum(), possible, layer=layer)
 
     def compute(self) -> dict[str, float]:
-        """Finite numbers only, ready to log; per-layer first-token shares as first_token/layer_i."""
+        """Finite numbers only, ready to log."""
         out: dict[str, Tensor] = {}
         if self.keys.queries > 0:
             keys = self.keys.compute()

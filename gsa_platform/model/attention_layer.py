@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsa_platform.contracts import Attention, Gate, Indexer, LayerDims, Objective, Sequence, Sparsity
+from gsa_platform.contracts import (
+    Attention,
+    Gate,
+    Indexer,
+    LayerDims,
+    Objective,
+    Sequence,
+    Sparsity,
+)
 from gsa_platform.model.rope import apply_rotary
 
 
@@ -69,7 +77,11 @@ class AttentionLayer(nn.Module):
         self.o_proj = nn.Linear(width, dims.d_model, bias=False)
         self.q_norm = nn.RMSNorm(dims.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(dims.head_dim, eps=norm_eps) if qk_norm else None
-        self.attention, self.indexer, self.sparsity = parts.attention, parts.indexer, parts.sparsity
+        self.attention, self.indexer, self.sparsity = (
+            parts.attention,
+            parts.indexer,
+            parts.sparsity,
+        )
         self.gate, self.objective = parts.gate, parts.objective
 
     def forward(
@@ -106,9 +118,7 @@ class AttentionLayer(nn.Module):
             report.gates.update(_gate_summary("output", gates.output_BTHE))
         return self.o_proj(out.flatten(2)), report
 
-    def _qkv(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         width = (-1, self.dims.head_dim)
         q = self.q_proj(x_BTD).unflatten(-1, width)
         k = self.k_proj(x_BTD).unflatten(-1, width)

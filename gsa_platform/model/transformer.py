@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,8 @@ class ModelOutput:
 class Transformer(nn.Module):
     """A language model over `vocab_size` tokens, its layers built from the configured slots."""
 
+    blocks: Iterable[Block]  # an nn.ModuleList, typed by what it holds
+
     def __init__(self, cfg: Any, vocab_size: int, registry: Registry) -> None:
         """cfg: the resolved configuration (keys model, context and the five slots)."""
         super().__init__()
@@ -89,9 +92,11 @@ class Transformer(nn.Module):
                 m.n_layers,
                 m.rope_theta,
             )
-            layer = AttentionLayer(dims, _components(cfg, registry, name, dims), m.qk_norm, m.norm_eps)
+            layer = AttentionLayer(
+                dims, _components(cfg, registry, name, dims), m.qk_norm, m.norm_eps
+            )
             blocks.append(Block(layer, ffn_width(m.d_model, m.ffn_dim), m.norm_eps))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(m.d_model, eps=m.norm_eps)
         self.head = None if m.tie_embeddings else nn.Linear(m.d_model, vocab_size, bias=False)
         self.init_weights()
@@ -111,7 +116,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
-        shrink = (2 * len(self.blocks)) ** -0.5
+        shrink = (2 * len(list(self.blocks))) ** -0.5
         for block in self.blocks:
             a, f = block.attention, block.ffn
             for proj in (a.q_proj, a.k_proj, a.v_proj, f.gate_proj, f.up_proj):
@@ -127,7 +132,10 @@ class Transformer(nn.Module):
         cache: list[LayerCache] | None = None,
         probe: bool = False,
     ) -> ModelOutput:
-        """Hidden states of the tokens; with a cache they continue it (doc_start covers all keys)."""
+        """Hidden states of the tokens, which continue the cache if there is one.
+
+        doc_start_BS covers every key, cached ones included.
+        """
         start = 0
         if cache is not None and cache[0].k_BSKE is not None:
             start = cache[0].k_BSKE.shape[1]
@@ -171,9 +179,7 @@ def ffn_width(d_model: int, ffn_dim: int) -> int:
 def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Components:
     """The slots of one layer. A layer that attends to every key takes no indexer."""
     configured = name in ("*", cfg.attention.name)
-    attention = registry.build(
-        "attention", cfg.attention if configured else {"name": name}, dims
-    )
+    attention = registry.build("attention", cfg.attention if configured else {"name": name}, dims)
     gate = registry.build("gate", cfg.gate, dims)
     modes = registry.component("attention", cfg.attention.name if configured else name)
     if not modes.capabilities.modes:

@@ -16,6 +16,19 @@ from gsa_platform.diagnostics.device import device_name
 from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
 from gsa_platform.metrics.throughput import model_flops_utilisation
 from gsa_platform.module import LanguageModel
+from gsa_platform.registry import SLOTS
+
+# Numbers of the closing summary that no step or validation logs.
+FINAL = (
+    "wall_s",
+    "mfu",
+    "peak_memory_gb",
+    "step_s",
+    "bits_per_byte",
+    "sparse_attention_s",
+    "dense_attention_s",
+    "dense_step_s",
+)
 
 
 def collect_result(
@@ -37,7 +50,7 @@ def collect_result(
     step_s = statistics.median(steady) if steady else None
     rate = tokens_per_step / step_s if step_s else None
     keys = last.get("keys_mean")
-    flops = training_flops_per_token(cfg, data.vocab_size, keys)
+    flops = training_flops_per_token(cfg, data.vocab_size, module.model, keys)
     if device.type == "cuda":
         peak = peak_flops(device_name(device))
     else:
@@ -47,10 +60,8 @@ def collect_result(
     loss = losses[-1] if losses else None
     summary: dict[str, Any] = {
         "name": cfg.name,
-        "model": f"{cfg.model.name}, {parameters(module):,} parameters; attention={cfg.attention.name} "
-        f"indexer={cfg.indexer.name} sparsity={cfg.sparsity.name} gate={cfg.gate.name} "
-        f"objective={cfg.objective.name}",
-        "data": f"{cfg.data.name}, {cfg.context:,} tokens of context, tokenizer {cfg.data.tokenizer}",
+        "model": f"{cfg.model.name}, {parameters(module):,} parameters; {slots_line(cfg)}",
+        "data": f"{cfg.data.name}, context {cfg.context:,}, tokenizer {cfg.data.tokenizer}",
         "steps": trainer.global_step,
         "tokens": trainer.global_step * tokens_per_step,
         "wall_s": wall_s,
@@ -65,7 +76,7 @@ def collect_result(
         "keys_mean": keys,
         "keys_fraction": last.get("keys_fraction"),
         "budget": cfg.sparsity.get("k"),
-        "first_token_attention": getattr(module, "first_token_layers", None),
+        "first_token_attention": module.first_token_layers,
         "first_token_uniform": last.get("first_token_uniform"),
         "gate_value_mean": last.get("gate_value_mean"),
         "gate_output_mean": last.get("gate_output_mean"),
@@ -83,11 +94,7 @@ def collect_result(
     if cfg.tracking.name == "mlflow":
         uri = shlex.quote(cfg.tracking.uri)
         summary["mlflow_command"] = f"mlflow ui --backend-store-uri {uri}"
-    final = {
-        k: float(v)
-        for k, v in summary.items()
-        if isinstance(v, int | float) and k not in ("steps", "budget")
-    }
+    final = {k: float(v) for k, v in summary.items() if isinstance(v, int | float) and k in FINAL}
     return {
         "loss": loss,
         "val_loss": last.get("loss"),
@@ -96,6 +103,11 @@ def collect_result(
         "final": final,
         "summary": summary,
     }
+
+
+def slots_line(cfg: Any) -> str:
+    """`attention=gsa indexer=... sparsity=... gate=... objective=...`."""
+    return " ".join(f"{slot}={cfg[slot].name}" for slot in SLOTS)
 
 
 def parameters(module: LanguageModel) -> int:

@@ -19,7 +19,9 @@ def resolve(operation: str, impl: str, device: torch.device, available: dict[str
     reason = available.get(impl, "not implemented")
     if reason:
         can = ", ".join(name for name, why in available.items() if not why)
-        raise ValueError(f"{operation}: impl={impl} cannot run: {reason}; usable here: {can}, auto")
+        raise ValueError(
+            f"{operation}: impl={impl} cannot run: {reason}; usable here: {can}, auto"
+        )
     return impl
 
 

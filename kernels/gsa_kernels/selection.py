@@ -19,7 +19,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 LOWEST = {"key_block": 1, "query_tile": 1, "window": 1, "sinks": 0, "heads": 1}
 
 

@@ -68,7 +68,7 @@ class AdaptiveVarianceConfig:
     window: int = 128
     sinks: int = 64
     sign: str = "decreasing"  # budget as the variance grows: decreasing or increasing
-    form: str = "ratio"  # ratio: k * V / mean V (paper); logistic: k * (0.5 + 1 / (1 + V / mean V))
+    form: str = "ratio"  # ratio (paper): k V / Vbar; logistic (its code): 0.5 k to 1.5 k
     temperature: float = 1.0  # exponent-like strength of the response
     decay: float = 0.99  # of the running mean of the variance
 
@@ -109,7 +109,7 @@ class KlObjectiveConfig:
     name: str = "kl"
     weight: float = 1.0  # of the mean KL, added to the language-model loss
     warmup_steps: int = 0  # dense warm-up: dense attention, KL over every causal key
-    dense_rows: int = 32  # query tiles per sequence whose KL is taken over every candidate key
+    dense_rows: int = 8  # query tiles per sequence whose KL is taken over every candidate key
     selected: bool = True  # after the warm-up, also KL on the selected keys of every query tile
     distribution: str = "softmax"  # of index scores: softmax, or log (scores normalised to sum 1)
     detach: bool = True  # the indexer reads detached inputs: its loss never moves the model

@@ -1,6 +1,9 @@
 """The records of every first-party component. Targets are strings: nothing heavy is imported."""
 
+from typing import Any
+
 from gsa_platform import Capabilities, Component, hookimpl
+from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
 
@@ -104,6 +107,66 @@ def gsa_register_objective() -> list[Component]:
             "bias",
             "gsa_plugins.objective:BiasObjective",
             c.BiasObjectiveConfig,
-            "beta * log(score) on the attention logits: the language-model loss trains the indexer",
+            "beta * log(score) on the attention logits: the model's own loss trains the indexer",
         ),
     ]
+
+
+# Settings with a fixed set of values, by (slot, setting).
+CHOICES = {
+    ("attention", "backend"): ("auto", "flash", "efficient", "cudnn", "math"),
+    ("attention", "selection_heads"): ("shared", "kv"),
+    ("indexer", "scale"): ("rsqrt", "none"),
+    ("indexer", "block_score"): ("mean", "max"),
+    ("sparsity", "sign"): ("decreasing", "increasing"),
+    ("sparsity", "form"): ("ratio", "logistic"),
+    ("gate", "granularity"): ("elementwise", "headwise"),
+    ("objective", "distribution"): ("softmax", "log"),
+}
+
+
+@hookimpl
+def gsa_validate(config: Any) -> None:
+    """Refuse settings that the first-party components would refuse, before anything is built."""
+    for (slot, key), choices in CHOICES.items():
+        value = config[slot].get(key)
+        if _ours(slot, config[slot].name) and value is not None and value not in choices:
+            raise UserError(
+                f"{slot}.{key}={value} is not one of {', '.join(choices)}."
+                f"{suggest(str(value), choices)}"
+            )
+    attention, indexer, sparsity, objective = (
+        config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
+    )
+    if attention.name == "gsa" and attention.selection_heads == "kv":
+        kv_heads = config.model.n_kv_heads
+        if _ours("indexer", indexer.name) and indexer.get("heads", kv_heads) % kv_heads:
+            raise UserError(
+                f"attention.selection_heads=kv splits the index heads over {kv_heads} key-value "
+                f"heads: indexer.heads={indexer.heads} is not a multiple of {kv_heads}"
+            )
+    if sparsity.name == "adaptive_variance" and not sparsity.k_min <= sparsity.k <= sparsity.k_max:
+        raise UserError(
+            f"sparsity.k={sparsity.k} must lie between sparsity.k_min={sparsity.k_min} and "
+            f"sparsity.k_max={sparsity.k_max}"
+        )
+    if objective.name == "kl" and objective.dense_rows == 0:
+        if not objective.selected:
+            raise UserError(
+                "objective kl has nothing to learn from: set objective.selected=true or "
+                "objective.dense_rows above 0"
+            )
+        if objective.warmup_steps:
+            raise UserError("objective.warmup_steps needs objective.dense_rows above 0")
+
+
+def _ours(slot: str, name: str) -> bool:
+    """Whether a component name is one of this package's."""
+    records = {
+        "attention": gsa_register_attention,
+        "indexer": gsa_register_indexer,
+        "sparsity": gsa_register_sparsity,
+        "gate": gsa_register_gate,
+        "objective": gsa_register_objective,
+    }
+    return name in [component.name for component in records[slot]()]

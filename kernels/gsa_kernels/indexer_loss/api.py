@@ -49,7 +49,9 @@ def log_score_bias(
     empty = selection.blocks_BHQN < 0
     scale = factors.bound if factors.bound != float("inf") else 1.0
     # The inner fill keeps -inf out of the logarithm and so NaN out of its gradient.
-    return (beta * (scores.masked_fill(empty, scale) / scale + _EPS).log()).masked_fill(empty, 0)
+    # ReLU scores with signed head weights may fall below 0, which counts as 0.
+    share = scores.masked_fill(empty, scale).clamp_min(0) / scale
+    return (beta * (share + _EPS).log()).masked_fill(empty, 0)
 
 
 def selected_kl(
@@ -122,7 +124,7 @@ def _kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Ten
     scores = scores.float() if scores.dtype != torch.float64 else scores
     logits = scores.masked_fill(~allowed, 0)
     if distribution == "log":
-        logits = (logits + _EPS).log()
+        logits = (logits.clamp_min(0) + _EPS).log()
     # A large finite value: rows without any column must give 0, not NaN, in the gradient.
     log_s = logits.masked_fill(~allowed, -1e30).log_softmax(-1)
     target = mass.to(scores.dtype).masked_fill(~allowed, 0)

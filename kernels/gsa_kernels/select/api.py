@@ -57,6 +57,4 @@ def select(
     if impl not in ("auto", "eager", "reference"):
         raise ValueError(f"select has implementations auto, eager and reference, not {impl!r}")
     run = reference.select if impl == "reference" else eager.select
-    return run(
-        factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, statistics
-    )
+    return run(factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, statistics)

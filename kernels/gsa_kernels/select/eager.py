@@ -26,7 +26,9 @@ def select(
     layout = tile_layout(spec, n_queries, n_keys, start, doc_start_BS, device)
     batch, heads = factors.k_BSI.shape[0], factors.heads
     width = spec.max_blocks(max_keys, n_keys)
-    blocks = torch.full((batch, heads, layout.n_tiles, width), -1, dtype=torch.int32, device=device)
+    blocks = torch.full(
+        (batch, heads, layout.n_tiles, width), -1, dtype=torch.int32, device=device
+    )
     first = 0
     if start % spec.query_tile:
         assert previous is not None

@@ -54,7 +54,9 @@ def select(
                 else:
                     keys = budget
                 n = min(spec.blocks_for(keys), width)
-                order = sorted(candidates, key=lambda j: (-float(scores[b, h, anchor - start, j]), j))
+                order = sorted(
+                    candidates, key=lambda j: (-float(scores[b, h, anchor - start, j]), j)
+                )
                 chosen = sorted(order[:n])
                 blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     blocks = blocks.to(factors.k_BSI.device)

@@ -64,7 +64,7 @@ def sparse_attention(
     """
     from . import eager, reference
 
-    batch, queries, heads, width = q_BTHE.shape
+    queries, heads, width = q_BTHE.shape[1:]
     kv_heads = k_BSKE.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key-value heads")

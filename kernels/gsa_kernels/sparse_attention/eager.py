@@ -85,7 +85,7 @@ class _SparseAttention(torch.autograd.Function):
 
 @dataclass
 class _Chunk:
-    """Some tiles with their gathered keys: q [n, M, E] (scaled), k and v [n, M C, E], n = B K Q."""
+    """Some tiles and their gathered keys: q [n, rows, E] (scaled), k, v [n, slots C, E]."""
 
     work: "_Workspace"
     tiles: slice

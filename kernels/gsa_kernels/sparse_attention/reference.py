@@ -34,7 +34,7 @@ def attend(
 
 
 def selected_mass(probability_BHTS: Tensor, selection: Selection) -> Tensor:
-    """[B, Hs, Q, N]: probability on each selected block, mean over the tile's queries and heads."""
+    """[B, Hs, Q, N]: mass of each selected block, mean over the tile's queries and heads."""
     c, r = selection.spec.key_block, selection.spec.query_tile
     blocks = selection.blocks_BHQN
     batch, groups, tiles, slots = blocks.shape
