@@ -107,18 +107,12 @@ class LanguageModel(L.LightningModule):
                 self.log(f"gate/{gate}", torch.stack(values).mean())
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """After an optimizer step: running values of the controllers, loss and throughput."""
+        """After an optimizer step: running values of the controllers, and throughput."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         self.model.observe(_mean_statistics(self._statistics))
         self._statistics = []
-        loss = torch.stack(self._step_loss).mean()
-        self._step_loss = []
-        if self.trainer.world_size > 1:
-            dist.all_reduce(loss)
         now = time.perf_counter()
-        self.loss_history.append(float(loss))
-        self.log("train/loss", loss, prog_bar=True)
         if self._last_step_end is not None:
             seconds = now - self._last_step_end
             self.step_seconds.append(seconds)
@@ -131,7 +125,14 @@ class LanguageModel(L.LightningModule):
         self._last_step_end = None
 
     def configure_gradient_clipping(self, optimizer: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Runs once per optimizer step, before it: clip, and log the step's figures."""
         clip = self.cfg.optim.clip
+        loss = torch.stack(self._step_loss).mean()
+        self._step_loss = []
+        if self.trainer.world_size > 1:
+            dist.all_reduce(loss)
+        self.loss_history.append(float(loss))
+        self.log("train/loss", loss, prog_bar=True)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip if clip else float("inf"))
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])

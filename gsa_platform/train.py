@@ -45,11 +45,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
     trainer.validate(module, data, verbose=False)
-    peak = peak_memory_gb(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    peak = peak_memory_gb(device)
     cost = {}
     if cfg.train.dense_cost and trainer.is_global_zero:
         say("cost    measuring one layer with dense attention for comparison ...")
-        cost = measure_attention(module, cfg, plugins)
+        cost = measure_attention(module, cfg, plugins, device)
     trainer.strategy.barrier()
     result = collect_result(cfg, module, data, trainer, peak, cost, time.perf_counter() - began)
     for logger in trainer.loggers:

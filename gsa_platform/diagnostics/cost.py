@@ -30,13 +30,15 @@ class _Passthrough(Attention):
         )
 
 
-def measure_attention(module: LanguageModel, cfg: Any, registry: Registry) -> dict[str, Any]:
-    """Seconds for one layer and one sequence, forward + backward:
+def measure_attention(
+    module: LanguageModel, cfg: Any, registry: Registry, device: torch.device
+) -> dict[str, Any]:
+    """Seconds for one layer and one sequence on `device`, forward + backward:
 
     sparse_attention_s (the configured attention, whatever it is), dense_attention_s, and note.
     Uses the first layer that takes the configured attention.
     """
-    device = next(module.model.parameters()).device
+    module.to(device)  # the trainer leaves it on the CPU when it is done
     layer = _configured_layer(module)
     dims = layer.dims
     dtype = torch.bfloat16 if "bf16" in cfg.trainer.precision else torch.float32
