@@ -111,7 +111,7 @@ class KlObjectiveConfig:
     warmup_steps: int = 0  # dense warm-up: dense attention, KL over every causal key
     dense_rows: int = 8  # query tiles per sequence whose KL is taken over every candidate key
     selected: bool = True  # after the warm-up, also KL on the selected keys of every query tile
-    distribution: str = "softmax"  # of index scores: softmax, or log (scores normalised to sum 1)
+    distribution: str = "log"  # of index scores: log (normalised to sum 1) or softmax
     detach: bool = True  # the indexer reads detached inputs: its loss never moves the model
 
 

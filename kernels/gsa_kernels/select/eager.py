@@ -1,5 +1,7 @@
 """Chunked selection in plain PyTorch: a few anchors against all keys at a time."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,11 @@ def select(
     mean = c == 1 or factors.block_score == "mean"
     tile = first
     while tile < layout.n_tiles:
-        reach = int(layout.anchor_Q[tile]) + 1
-        per_tile = batch * factors.q_BTJI.shape[2] * (reach // c if mean else reach) + 1
-        stop = min(layout.n_tiles, tile + max(1, _CHUNK[device.type] // per_tile))
+        # Most tiles n whose n rows of keys up to the last one's reach, n (reach + n R), fit.
+        reach, r = int(layout.anchor_Q[tile]) + 1, spec.query_tile
+        room = _CHUNK[device.type] * (c if mean else 1) // (batch * factors.q_BTJI.shape[2])
+        n = (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r)
+        stop = min(layout.n_tiles, tile + max(1, n))
         part = slice(tile, stop)
         n_blocks = max(0, (int(layout.anchor_Q[stop - 1]) - spec.window + 1)) // c
         anchors = layout.anchor_Q[part] - start

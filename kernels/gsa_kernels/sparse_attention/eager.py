@@ -54,9 +54,8 @@ class _SparseAttention(torch.autograd.Function):
                 mass[:, :, chunk.tiles] = chunk.selected_mass(p)
         ctx.save_for_backward(q, k, v, bias)
         ctx.selection, ctx.scale, ctx.has_lse = selection, scale, need_lse
-        ctx.mark_non_differentiable(mass)
-        if not need_lse:
-            ctx.mark_non_differentiable(lse)
+        # A second call would replace the first.
+        ctx.mark_non_differentiable(*((mass,) if need_lse else (mass, lse)))
         return out, lse, mass
 
     @staticmethod
