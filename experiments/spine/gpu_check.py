@@ -20,8 +20,10 @@ def main() -> None:
     torch.manual_seed(0)
     cases = itertools.product(((1, 1), (64, 1), (64, 64)), (63, 100, 1000))
     for (c, r), t in cases:
-        factors = IndexFactors(*(torch.randn(s, device="cuda") for s in ((2, t, 4, 32), (2, t, 32))),
-                               torch.rand(2, t, 4, device="cuda"))
+        factors = IndexFactors(
+            *(torch.randn(s, device="cuda") for s in ((2, t, 4, 32), (2, t, 32))),
+            torch.rand(2, t, 4, device="cuda"),
+        )
         spec = SelectionSpec(c, r, window=64, sinks=4)
         selection = select(factors, spec, 300, 300, t).selection
         oracle = select(factors, spec, 300, 300, t, impl="reference").selection
@@ -42,15 +44,30 @@ def main() -> None:
                 grads = torch.autograd.grad(out.double().sin().sum(), leaves)
                 result[name] = [out, *grads]
             for name, got, low_ref, want in zip(
-                ("out", "dq", "dk", "dv"), result["got"], result["low"], result["want"], strict=True
+                ("out", "dq", "dk", "dv"),
+                result["got"],
+                result["low"],
+                result["want"],
+                strict=True,
             ):
-                rows.append({"C": c, "R": r, "T": t, "dtype": str(dtype), "tensor": name,
-                             "error": error(got, want), "low_precision_error": error(low_ref, want),
-                             "selection_equal": same})
+                rows.append(
+                    {
+                        "C": c,
+                        "R": r,
+                        "T": t,
+                        "dtype": str(dtype),
+                        "tensor": name,
+                        "error": error(got, want),
+                        "low_precision_error": error(low_ref, want),
+                        "selection_equal": same,
+                    }
+                )
     bad = [x for x in rows if not x["error"] <= 2 * x["low_precision_error"] + 1e-6]
     unequal = [x for x in rows if not x["selection_equal"]]
-    print(f"{len(rows)} comparisons, {len(bad)} over twice the low-precision error, "
-          f"{len(unequal)} with another selection")
+    print(
+        f"{len(rows)} comparisons, {len(bad)} over twice the low-precision error, "
+        f"{len(unequal)} with another selection"
+    )
     print(json.dumps(bad[:6] + unequal[:3], indent=1))
 
 

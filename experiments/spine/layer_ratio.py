@@ -69,7 +69,12 @@ def compare(tokens: int) -> dict[str, float]:
     sparse()
     sparse_s = seconds(sparse, 3)
     dense_s = seconds(dense, 2 if tokens <= 32768 else 1)
-    return {"tokens": tokens, "sparse_s": sparse_s, "dense_s": dense_s, "ratio": dense_s / sparse_s}
+    return {
+        "tokens": tokens,
+        "sparse_s": sparse_s,
+        "dense_s": dense_s,
+        "ratio": dense_s / sparse_s,
+    }
 
 
 def main() -> None:
@@ -87,7 +92,11 @@ def main() -> None:
     }
     (HERE / "layer_ratio.json").write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
-        print("{tokens:>7} tokens  {sparse_s:8.2f} s  dense {dense_s:8.2f} s  {ratio:6.2f} x".format(**row))
+        print(
+            "{tokens:>7} tokens  {sparse_s:8.2f} s  dense {dense_s:8.2f} s  {ratio:6.2f} x".format(
+                **row
+            )
+        )
 
 
 if __name__ == "__main__":

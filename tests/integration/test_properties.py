@@ -373,7 +373,7 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor(length: int, *overrides: str) -> int:
     """Elements of the largest tensor in the forward and backward of one layer."""
     model = build(*overrides).float()
-    layer = list(model.blocks)[0].attention
+    layer = next(iter(model.blocks)).attention
     x = torch.randn(1, length, 32, requires_grad=True)
     with LargestTensor(length * length) as seen:
         rotary = model.rotary.cos_sin(torch.arange(length))

@@ -75,8 +75,6 @@ def test_eager_is_the_reference(granularity, length, documents, shared):
 @pytest.mark.parametrize("granularity", [(16, 1), (4, 16)], ids=granularity_id)
 def test_grouped_heads(granularity, heads, kv_heads):
     for choices in {1, kv_heads}:
-        if 4 % choices:
-            continue
         selection = make_selection(100, granularity, heads=choices)
         tensors = inputs(selection, heads, kv_heads)
         assert_same(run(selection, tensors), run(selection, tensors, "reference"))
