@@ -24,7 +24,7 @@ LENGTH = 130
 PARTS = ("q_BTJI", "k_BSI", "weight_BTJ", "bias_J")
 
 granularities = pytest.mark.parametrize(
-    "granularity", [(1, 1), (8, 1), (4, 16), (16, 12), (5, 7)], ids=granularity_id
+    "granularity", [(1, 1), (8, 1), (16, 12), (5, 7)], ids=granularity_id
 )
 documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
 kinds = pytest.mark.parametrize(
