@@ -263,7 +263,12 @@ class Registry:
                 f"{slot}={component.name}: plugin '{entry.plugin.name}' names the class "
                 f"'{component.target}', which cannot be imported: {_describe(error)}"
             ) from error
-        return cls(config, dims)
+        try:
+            return cls(config, dims)
+        except UserError:
+            raise
+        except ValueError as error:  # a setting that the component refuses
+            raise UserError(f"{slot}={component.name}: {error}") from error
 
 
 _REGISTRY: Registry | None = None

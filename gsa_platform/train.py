@@ -14,6 +14,7 @@ from gsa_platform import registry
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
+from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
@@ -37,8 +38,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
     trainer = build_trainer(cfg)
+    try:
+        chosen = module.model.describe(trainer.strategy.root_device.type)
+    except ValueError as error:  # an implementation asked for by name cannot run here
+        raise UserError(f"attention={cfg.attention.name}: {error}") from error
     if trainer.is_global_zero:
-        for line in opening_lines(cfg, data, module, trainer):
+        for line in opening_lines(cfg, data, module, trainer, chosen):
             say(line)
     resuming = cfg.train.resume is not None
     if not resuming:
@@ -103,7 +108,11 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 
 def opening_lines(
-    cfg: DictConfig, data: TextDataModule, module: LanguageModel, trainer: L.Trainer
+    cfg: DictConfig,
+    data: TextDataModule,
+    module: LanguageModel,
+    trainer: L.Trainer,
+    attention: list[str],
 ) -> list[str]:
     """What a reader wants to know before the first step."""
     device = trainer.strategy.root_device
@@ -112,7 +121,7 @@ def opening_lines(
     lines = [
         f"model   {cfg.model.name}: {parameters:,} parameters, {cfg.model.n_layers} layers, "
         f"context {cfg.context:,}",
-        *(f"        {line}" for line in module.model.describe(device.type)),
+        *(f"        {line}" for line in attention),
         f"slots   {slots_line(cfg)}",
         f"data    {described['source']}: {described['documents']:,} documents, "
         f"{described['tokens']:,} tokens, tokenizer {described['tokenizer']}",
