@@ -15,6 +15,7 @@ from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
 from gsa_platform.errors import UserError
+from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
@@ -66,6 +67,30 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         say("\n" + render_summary(result["summary"]))
     return result
+
+
+def check_checkpoint(module: LanguageModel, path: Path) -> None:
+    """Raise UserError if the weights in a checkpoint file do not fit the configured model."""
+    if path.is_dir():
+        return  # sharded
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    own = module.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
+        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (weights, own))
+        if old != new:
+            raise UserError(
+                f"train.resume={path} holds another model: {name} is {old} there and {new} here. "
+                "Type the model and component settings of its config.yaml, or leave out "
+                "train.resume."
+            )
+
+
+def check_implementations(module: LanguageModel, device: torch.device) -> None:
+    """Raise UserError if an implementation asked for by name cannot run on this device."""
+    try:
+        module.model.describe(device.type)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
