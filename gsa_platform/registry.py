@@ -330,7 +330,10 @@ def _import_file(path: Path) -> ModuleType:
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
-    if loaded is not None or importlib.util.find_spec(path.stem) is not None:
+    # `python -m` finds a file of the current folder by its name too: that is the same module.
+    found = None if loaded is not None else importlib.util.find_spec(path.stem)
+    same = found is not None and found.origin is not None and Path(found.origin) == path
+    if loaded is not None or (found is not None and not same):
         raise UserError(f"the name '{path.stem}' is taken by another module; rename {path.name}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

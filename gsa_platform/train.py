@@ -15,7 +15,6 @@ from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
 from gsa_platform.errors import UserError
-from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
@@ -38,6 +37,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data.prepare_data()
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
+    if cfg.train.resume is not None:
+        check_checkpoint(module, Path(cfg.train.resume))
     trainer = build_trainer(cfg)
     try:
         chosen = module.model.describe(trainer.strategy.root_device.type)
@@ -83,14 +84,6 @@ def check_checkpoint(module: LanguageModel, path: Path) -> None:
                 "Type the model and component settings of its config.yaml, or leave out "
                 "train.resume."
             )
-
-
-def check_implementations(module: LanguageModel, device: torch.device) -> None:
-    """Raise UserError if an implementation asked for by name cannot run on this device."""
-    try:
-        module.model.describe(device.type)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
