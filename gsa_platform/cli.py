@@ -244,7 +244,10 @@ def _hydra_surroundings(arguments: list[str], sweep: bool) -> Iterator[None]:
         extra = [f"hydra.sweep.dir='{folder}'"] if sweep else []
         if any(a.startswith("hydra.sweep.dir=") for a in arguments):
             extra = []
-        sys.argv = [argv[0], *arguments, *extra]
+        # argparse takes settings only in one stretch: flags first, wherever they were typed.
+        settings = [a for a in arguments if a[:1] == "~" or ("=" in a and a[:1] != "-")]
+        flags = [a for a in arguments if a not in settings]
+        sys.argv = [argv[0], *flags, *settings, *extra]
         os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
             yield

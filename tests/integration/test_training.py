@@ -1,0 +1,249 @@
+"""Training from the command line, in processes of their own: what it leaves, resume, several
+devices, sweeps, other components, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from gsa_platform import compose
+from gsa_platform.launch import launch
+from gsa_platform.tracking import open_database
+from gsa_platform.validate import validate
+
+pytestmark = pytest.mark.slow
+
+SMALL = ("experiment=smoke", "context=512", "tracking.system_metrics=false")
+Gsa = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def gsa(cache: Path) -> Gsa:
+    """Run ``python -m gsa_platform`` in the given folder."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GSA_")}
+    environ |= {"GSA_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gsa_platform", *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, timeout=150
+        )
+
+    return run
+
+
+def train(gsa: Gsa, folder: Path, *overrides: str) -> str:
+    done = gsa(folder, *SMALL, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_folders(folder: Path, name: str = "smoke") -> list[Path]:
+    return sorted(path.parent for path in (folder / "runs" / name).rglob("run.json"))
+
+
+def mlflow_runs(folder: Path, name: str = "smoke") -> list[Any]:
+    client = open_database(f"sqlite:///{folder}/runs/mlflow.db").client()
+    return list(client.search_runs([client.get_experiment_by_name(name).experiment_id]))
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def smoke(gsa: Gsa, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and stdout of a finished run of three steps."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, train(gsa, folder)
+
+
+def test_smoke_leaves_a_finished_run(smoke: tuple[Path, str]) -> None:
+    folder, output = smoke
+    (run,) = run_folders(folder)
+    words = " ".join(output.replace("|", " ").split())  # a long path wraps inside the box
+    assert "| Learning" in output
+    assert "mlflow ui --backend-store-uri sqlite:///" in words
+    files = ("config.yaml", "result.json", "metrics.jsonl", "checkpoints/last.ckpt")
+    assert all((run / name).stat().st_size > 0 for name in files)
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    names = {path.name for path in (folder / "runs").iterdir()}
+    assert names - {"mlflow.db-wal", "mlflow.db-shm"} <= {
+        "smoke", "mlflow.db", "mlflow.db.lock", "mlflow-artifacts",
+    }  # fmt: skip
+    assert len(losses(run)) == 3
+    (logged,) = mlflow_runs(folder)
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_id == json.loads((run / "run.json").read_text())["run_id"]
+    assert 0 < len(logged.data.metrics) <= 40, sorted(logged.data.metrics)
+    params = logged.data.params
+    assert params["context"] == "512" and params["attention.name"] == "gsa"
+
+
+def test_checkpoint_is_plain(smoke: tuple[Path, str]) -> None:
+    (run,) = run_folders(smoke[0])
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    config = saved["gsa_platform"]["config"]
+    assert saved["global_step"] == 3 and saved["gsa_platform"]["vocab_size"] > 255
+    assert type(config) is dict and config["context"] == 512
+    assert config["model"]["d_model"] == OmegaConf.load(run / "config.yaml").model.d_model
+
+
+def test_two_devices_learn_as_one_with_their_batches(gsa: Gsa, tmp_path: Path) -> None:
+    curves = []
+    for devices, batch in ((1, 2), (2, 1)):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        settings = (f"trainer.devices={devices}", f"train.batch_size={batch}")
+        train(gsa, folder, "trainer.accelerator=cpu", *settings)
+        (run,) = run_folders(folder)
+        assert [r.info.status for r in mlflow_runs(folder)] == ["FINISHED"]
+        curves.append(losses(run))
+    assert len(curves[0]) == 3 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None:
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    straight.mkdir()
+    halves.mkdir()
+    train(gsa, straight, "optim.schedule=constant", "train.steps=4")
+    train(gsa, halves, "optim.schedule=constant", "train.steps=2")
+    (first,) = mlflow_runs(halves)
+    train(gsa, halves, "optim.schedule=constant", "train.steps=4", "train.resume=auto")
+    (again,) = mlflow_runs(halves)
+    assert again.info.run_id == first.info.run_id and again.info.status == "FINISHED"
+    (one,), (two,) = run_folders(straight), run_folders(halves)
+    assert len(losses(two)) == 4 and losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_sweep(gsa: Gsa, tmp_path: Path) -> None:
+    output = train(gsa, tmp_path, "-m", "train.steps=1,2")
+    assert "2 of 2 jobs finished" in output
+    folders = run_folders(tmp_path)
+    assert [path.name for path in folders] == ["000", "001"]
+    assert [len(losses(path)) for path in folders] == [1, 2]
+    runs = mlflow_runs(tmp_path)
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if r is not parent]
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    assert len(children) == 2 and {r.info.status for r in runs} == {"FINISHED"}
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+VARIANTS = [
+    ("attention=dense", "gate=none"),
+    ("attention=dense", "gate=dual"),
+    ("indexer=relu_lightning",),
+    ("objective=bias",),
+    ("sparsity=adaptive_variance", "sparsity.k=256", "context=1024"),
+    ("model.layer_pattern=[dense:1,'*']",),
+    ("data.cross_document=false",),
+    ("train.activation_checkpointing=true",),
+    ("trainer.precision=bf16-mixed",),
+]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
+def test_variants_train(
+    overrides: tuple[str, ...],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, because most of a short run is imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    cfg = compose.load([*SMALL, "train.steps=2", "tracking=none", *overrides])
+    validate(cfg)
+    result = launch(cfg)
+    assert result["status"] == "FINISHED"
+    assert len(losses(run_folders(tmp_path)[0])) == 2
+    if overrides == ("attention=dense", "gate=none"):
+        slots = "attention=dense indexer=none sparsity=none gate=none objective=none"
+        assert slots in capfd.readouterr().out
+
+
+BROKEN = """
+from dataclasses import dataclass
+from gsa_platform import Component, hookimpl
+
+import package_that_is_not_there
+"""
+
+# overrides, what the message must say
+BAD = [
+    (("experiment=smoek",), "smoke"),
+    (("attention=gsaa",), "Did you mean 'gsa'"),
+    (("sparsity.k=x",), r"sparsity\.k"),
+    (("attention=dense", "indexer=gated_lightning"), "attention=dense attends to every key"),
+    (("sparsity.k=64",), r"below what is always attended(.|\n)*sparsity\.k=80"),
+    (("model.n_heads=3", "model.n_kv_heads=2"), "does not divide model.n_heads=3"),
+    (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
+    (("data.max_bytes=20000", "context=65536"), "context 65536 is longer than the data"),
+    (("train.resume=other.ckpt", "model.d_model=128"), "holds another model"),
+    (("plugins_path=broken.py", "attention=broken"), "package_that_is_not_there"),
+    (
+        ("model.n_heads=4", "model.n_kv_heads=2", "indexer.heads=3",
+         "attention.selection_heads=kv"),
+        "indexer.heads=3 is not a multiple of 2",
+    ),
+    (("attention.mode=nonsense",), "token, block or tile"),
+    (("attention.impl=triton",), "impl=triton cannot run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[" ".join(o) for o, _ in BAD])
+def test_bad_input_is_one_clean_message(
+    gsa: Gsa, smoke: tuple[Path, str], tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    (run,) = run_folders(smoke[0])
+    (tmp_path / "other.ckpt").symlink_to(run / "checkpoints" / "last.ckpt")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    done = gsa(tmp_path, *SMALL, *overrides)
+    text = done.stdout + done.stderr
+    assert done.returncode == 2, text
+    assert "Traceback" not in text and done.stderr.count("error: ") == 1
+    assert re.search(message, done.stderr), done.stderr
+    left = {p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    assert left <= {"mlflow.db", "mlflow.db.lock", "worker.log"}
+    beside = {p.name for p in tmp_path.iterdir()}
+    assert beside <= {"runs", "other.ckpt", "broken.py", "__pycache__"}
+
+
+# overrides, parameters, least factor that dense training costs more
+CHECKS = [
+    ((), 163_088, 30.0),
+    (("model=paper_1b7",), 1_205_706_944, 5.0),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parameters", "factor"), CHECKS)
+def test_check_gives_plausible_figures(
+    gsa: Gsa, tmp_path: Path, overrides: tuple[str, ...], parameters: int, factor: float
+) -> None:
+    done = gsa(tmp_path, "check", "experiment=gsa_128k", "hardware={}", "model=nano", *overrides)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    assert "context 131,072" in text and f"parameters   {parameters:,} " in text
+    figures = re.search(r"if dense .*: ([\d.]+) x", text)
+    memory = re.search(r"memory +([\d,.]+) GB", text)
+    assert figures and float(figures[1]) > factor
+    assert memory and float(memory[1]) > 16 * parameters / 1e9
+    assert list(tmp_path.iterdir()) == []
