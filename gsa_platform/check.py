@@ -143,7 +143,6 @@ def render(
         f"{memory.parameters / gb:.2f}, gradients {memory.gradients / gb:.2f}, optimizer "
         f"{memory.optimizer / gb:.2f}, activations {memory.activations / gb:.2f}, "
         f"loss {memory.loss / gb:.2f}",
-        *(f"note         {note}" for note in cfg.notes),
     ]
     return "\n".join(lines)
 

@@ -216,12 +216,16 @@ class _Run:
     run_id: str | None
     resumed: bool
     lock: FileLock
+    earlier_status: str = "FAILED"  # of a resumed run, before this attempt
 
     def close_after(self, error: BaseException) -> None:
         """Close the run the way `error` ended it; remove it if it never got to train."""
         save_error(self.folder, error)
         if isinstance(error, UserError) and not self.resumed and self._untrained():
             self._discard()
+        elif isinstance(error, UserError) and self.resumed:
+            # Refused before the first step: the run is what it was.
+            self.close(self.earlier_status)
         elif isinstance(error, KeyboardInterrupt | Terminated):
             self.close("KILLED")
         else:
@@ -280,7 +284,9 @@ def _open_run(cfg: DictConfig, sweep: SweepContext | None, resumed: Checkpoint |
             _set_aside_previous(folder)
         if database is not None:
             old = resumed.record.get("run_id") if resumed is not None else None
-            run.run_id = _open_mlflow_run(cfg, folder, database, old)
+            run.run_id, status = _open_mlflow_run(cfg, folder, database, old)
+            if status in ("FINISHED", "KILLED"):
+                run.earlier_status = status
         cfg.tracking.run_id = run.run_id
         _write_run_files(run, sweep)
     except BaseException as error:
@@ -290,14 +296,16 @@ def _open_run(cfg: DictConfig, sweep: SweepContext | None, resumed: Checkpoint |
     return run
 
 
-def _open_mlflow_run(cfg: DictConfig, folder: Path, database: Database, old: str | None) -> str:
+def _open_mlflow_run(
+    cfg: DictConfig, folder: Path, database: Database, old: str | None
+) -> tuple[str, str]:
+    """(run id, the status it had): the old run if there is one to go on with, else a new one."""
     if old:
         try:
-            resume_run(old, cfg)
-            return old
+            return old, resume_run(old, cfg)
         except KeyError as error:
             _say(f"going on in a new MLflow run: {error.args[0]}")
-    return create_run(cfg, folder, database)
+    return create_run(cfg, folder, database), "RUNNING"
 
 
 def _write_run_files(run: _Run, sweep: SweepContext | None) -> None:

@@ -55,8 +55,10 @@ def create_run(cfg: DictConfig, run_dir: str | Path, database: Database | None =
     return run_id
 
 
-def resume_run(run_id: str, cfg: DictConfig) -> None:
+def resume_run(run_id: str, cfg: DictConfig) -> str:
     """Set a run RUNNING again; log new params, put changed ones into the tag `param_drift`.
+
+    Returns the status the run had.
 
     MLflow params cannot change, so `param_drift` is JSON of key -> [logged value, value now].
     The new config and environment become artifacts under `resumes/<n>/`.
@@ -84,6 +86,7 @@ def resume_run(run_id: str, cfg: DictConfig) -> None:
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
+    return str(run.info.status)
 
 
 def finish_run(run_id: str, status: str, uri: str) -> None:

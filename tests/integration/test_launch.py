@@ -358,7 +358,8 @@ def test_user_error_of_a_resumed_run_deletes_nothing(cfg: DictConfig) -> None:
     with pytest.raises(UserError, match="context=4096"):
         launch(cfg, target="launch_stubs:user")
     assert (Path(first["run_dir"]) / "checkpoints" / "last.ckpt").exists()
-    assert [run.info.status for run in runs(cfg)] == ["FAILED"]
+    # Refused before the first step: the finished run stays finished.
+    assert [run.info.status for run in runs(cfg)] == ["FINISHED"]
 
 
 def test_resume_of_nothing(cfg: DictConfig) -> None:
