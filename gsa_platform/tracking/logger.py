@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from gsa_platform.tracking.database import mlflow_client
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
     from mlflow.tracking import MlflowClient
     from mlflow.utils.async_logging.run_operations import RunOperations
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 MAX_METRICS = 40
 MAX_PENDING = 1000
 METRICS_FILE = "metrics.jsonl"
+# Storing a batch takes milliseconds of a core that training also wants: few, larger batches.
+SEND_EVERY_S = 5.0
+SEND_AT = 900  # metrics; MLflow takes at most 1000 in a batch
 
 
 def build_loggers(cfg: DictConfig) -> list[Logger]:
@@ -134,6 +138,8 @@ class MlflowRunLogger(RunFolderLogger):
         self._names: set[str] = set()
         self._pending: deque[RunOperations] = deque()
         self._warned = False
+        self._queue: list[Metric] = []
+        self._sent_at = time.monotonic()
 
     @property
     def experiment(self) -> MlflowClient | None:
@@ -142,23 +148,19 @@ class MlflowRunLogger(RunFolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Queue one batch; returns before it is stored."""
-        client = self._connect()
+        """Queue metrics; they are sent every few seconds, and stored in the background."""
+        self._connect()
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        batch = [
+        self._queue += [
             Metric(name, value, now, step or 0)
             for key, value in _scalars(metrics).items()
             if self._accept(name := re.sub(r"[^A-Za-z0-9_/. -]+", "_", key))
         ]
-        if not batch:
-            return
-        operation = client.log_batch(self._run_id, metrics=batch, synchronous=False)
-        if operation is not None:
-            self._pending.append(operation)
-        if len(self._pending) > MAX_PENDING:
-            self._wait(MAX_PENDING // 2)
+        waited = time.monotonic() - self._sent_at
+        if waited >= SEND_EVERY_S or len(self._queue) >= SEND_AT:
+            self._send()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -167,10 +169,22 @@ class MlflowRunLogger(RunFolderLogger):
         The status is ignored: Lightning ends every fit, validate and test with this call, and
         the parent knows better how the run ended.
         """
+        self._send()  # before the monitor stops: sending would start it again
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
         self._wait(len(self._pending))
+
+    def _send(self) -> None:
+        self._sent_at = time.monotonic()
+        while self._queue:
+            batch, self._queue = self._queue[:SEND_AT], self._queue[SEND_AT:]
+            client = self._connect()
+            operation = client.log_batch(self._run_id, metrics=batch, synchronous=False)
+            if operation is not None:
+                self._pending.append(operation)
+        if len(self._pending) > MAX_PENDING:
+            self._wait(MAX_PENDING // 2)
 
     def _connect(self) -> MlflowClient:
         if self._client is None:

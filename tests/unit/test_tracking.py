@@ -189,6 +189,29 @@ def test_logged_points_are_stored_after_finalize(database: Database, tmp_path: P
     assert client.get_run(run_id).info.status == "RUNNING"  # the parent closes it
 
 
+def test_metrics_travel_in_few_large_batches(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = create_run(config(database, tmp_path), tmp_path)
+    logger = MlflowRunLogger(database.uri, run_id, tmp_path)
+    client = logger.experiment
+    assert client is not None
+    sizes: list[int] = []
+    send = client.log_batch
+
+    def counted(run: str, metrics: list[object], **kwargs: object) -> object:
+        sizes.append(len(metrics))
+        return send(run, metrics=metrics, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client, "log_batch", counted)
+    monkeypatch.setattr("gsa_platform.tracking.logger.SEND_EVERY_S", 3600.0)
+    for step in range(1250):
+        logger.log_metrics({"loss": 1.0, "lr": 2.0}, step)
+    logger.finalize("success")
+    assert sizes == [900, 900, 700]
+    assert len(database.client().get_metric_history(run_id, "lr")) == 1250
+
+
 def test_names_beyond_forty_are_refused_with_one_warning(
     database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
