@@ -3,9 +3,9 @@
     python experiments/spine/learning.py [seed ...]
 
 Each run is one command of the platform; both arms of a seed see the same batches. Writes
-learning.json beside this file: recall (share of the dense attention mass on the candidates that the
-selection covers), the best that as many blocks could cover, and the validation loss, before and
-after. Runs go to runs/ in the current folder.
+learning.json beside this file: recall (share of the dense attention mass on the candidates that
+the selection covers), the best that as many blocks could cover, and the validation loss, before
+and after. Runs go to runs/ in the current folder.
 """
 
 import json
