@@ -1,4 +1,4 @@
-"""Does the indexer learn on text? Selection recall with the KL objective and with a frozen indexer.
+"""Does the indexer learn on text? Recall with the KL objective and with a frozen indexer.
 
     python experiments/spine/learning.py [seed ...]
 
