@@ -1,7 +1,7 @@
 """select(): from index factors and a budget to a Selection, never holding a T x S matrix.
 
-The keys of a tile are its top candidates by block score at the tile's anchor. Ties go to the
-lowest position. Blocks inside the local window or the sinks are never candidates: they are
+The keys of a tile are its top candidates by block score at the tile's anchor. Scores are compared
+to 12 bits (`comparable`); ties go to the lowest position. Blocks inside the local window or the sinks are never candidates: they are
 attended anyway and are paid from the budget first.
 """
 
@@ -25,6 +25,17 @@ class Chosen:
 
     selection: Selection
     statistics: dict[str, Tensor]
+
+
+def comparable(scores: Tensor) -> Tensor:
+    """Scores as selection compares them: float32 rounded to 12 significant bits (0.02 %).
+
+    Two equal keys (a repeated token in the first layer) have equal scores only up to rounding,
+    which differs with the shape of a matrix product: unrounded, decoding one token at a time would
+    choose another of them than one pass over the sequence does.
+    """
+    bits = scores.float().contiguous().view(torch.int32)
+    return ((bits + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
 
 
 @torch.no_grad()

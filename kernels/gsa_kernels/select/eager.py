@@ -8,7 +8,7 @@ from torch import Tensor
 from gsa_kernels.index_score.api import _CHUNK, IndexFactors, pool_keys, score_tile
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 
-from .api import BudgetRule, Chosen
+from .api import BudgetRule, Chosen, comparable
 
 
 def select(
@@ -65,7 +65,7 @@ def select(
         keys = budget({k: v[:, :, part] for k, v in stats.items()}) if callable(budget) else budget
         wanted = blocks_wanted(keys, spec, width, scores.shape[:3], device)
         if n_blocks and width:
-            scores = scores.masked_fill(~allowed, -torch.inf)
+            scores = comparable(scores).masked_fill(~allowed, -torch.inf)
             picked = top_blocks(scores, wanted, min(width, n_blocks))
             blocks[:, :, part, : picked.shape[-1]] = picked
         tile = stop

@@ -7,7 +7,7 @@ from gsa_kernels.index_score.api import IndexFactors
 from gsa_kernels.index_score.reference import block_score_matrix
 from gsa_kernels.selection import Selection, SelectionSpec
 
-from .api import BudgetRule, Chosen
+from .api import BudgetRule, Chosen, comparable
 
 
 def select(
@@ -26,6 +26,7 @@ def select(
     batch, heads = factors.k_BSI.shape[0], factors.heads
     width = spec.max_blocks(max_keys, n_keys)
     scores = block_score_matrix(factors, c, doc_start_BS)
+    compared = comparable(scores)
     first_tile, last_tile = start // r, -(-(start + n_queries) // r)
     tiles = last_tile - first_tile
     blocks = torch.full((batch, heads, tiles, width), -1, dtype=torch.int32)
@@ -55,7 +56,7 @@ def select(
                     keys = budget
                 n = min(spec.blocks_for(keys), width)
                 order = sorted(
-                    candidates, key=lambda j: (-float(scores[b, h, anchor - start, j]), j)
+                    candidates, key=lambda j: (-float(compared[b, h, anchor - start, j]), j)
                 )
                 chosen = sorted(order[:n])
                 blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
