@@ -33,7 +33,7 @@ class GatedLightningConfig:
     head_bias: bool = True  # b_j inside the key sigmoid
     weight_bias: bool = True  # c_j inside the head-weight sigmoid
     block_score: str = "mean"  # a block's score: from its mean key (cheap), or max over its keys
-    rope: bool = False  # rotary embedding on index queries and keys
+    rope: bool = True  # rotary index queries and keys: without it no score knows the distance
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ReluLightningConfig:
     dim: int = 64
     scale: str = "rsqrt"
     block_score: str = "mean"
-    rope: bool = False
+    rope: bool = True
 
 
 @dataclass
