@@ -1,8 +1,8 @@
 """select(): from index factors and a budget to a Selection, never holding a T x S matrix.
 
 The keys of a tile are its top candidates by block score at the tile's anchor. Scores are compared
-to 12 bits (`comparable`); ties go to the lowest position. Blocks inside the local window or the sinks are never candidates: they are
-attended anyway and are paid from the budget first.
+to 12 bits (`comparable`); ties go to the lowest position. Blocks inside the local window or the
+sinks are never candidates: they are attended anyway and are paid from the budget first.
 """
 
 from collections.abc import Callable
