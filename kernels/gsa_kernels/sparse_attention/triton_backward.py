@@ -1,0 +1,358 @@
+"""Backward of sparse attention: one kernel for dq (and the bias), one for dk and dv.
+
+The first walks the keys of a query tile as the forward does. The second is owned by a key block: it
+walks the queries that attend it, those of nearby tiles through their local window and the others
+through an inverted list, so that nothing is atomic unless a long list is split over programs. Key
+blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel.
+
+Legend: see triton_forward.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_forward import first_local, logits_of, tile_rows
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, T, H, HAS_DLSE: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP."""
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, BE)
+    ok = (t < T)[:, None] & (e < E)
+    at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * E + e
+    out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    line = (b.to(tl.int64) * H + h) * T + t
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + line, mask=t < T, other=0.0)
+    tl.store(delta_ptr + line, delta, mask=t < T)
+
+
+@triton.jit
+def softmax_backward(q, k, v, do, lse, delta, s_extra, keep, scale_log2, MASKED: tl.constexpr):
+    """(p, ds) of one step, ds without the factor `scale`."""
+    s = logits_of(q, k, scale_log2) + s_extra
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(keep, p, 0.0)
+    dp = tl.dot(do, v, input_precision="ieee")
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    dk_ptr,  # float32 [B, S, K, E], only where ATOMIC
+    dv_ptr,
+    list_ptr,
+    count_ptr,
+    bias_ptr,
+    dbias_ptr,  # [B, K, Q, PARTS, N] float32
+    docs_ptr,
+    sink_ptr,
+    T,
+    S,
+    q_start,
+    first_tile,
+    n_tiles,
+    N,
+    sink_stride,
+    scale,
+    scale_log2,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    HS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (R * G + BM - 1) // BM
+    pid = tl.program_id(0)
+    i, part = pid // PARTS, pid % PARTS
+    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    e = tl.arange(0, BE)
+    e_ok = e < E
+    row_offset = (b.to(tl.int64) * T + t) * H + head
+    q_ok = row_ok[:, None] & e_ok
+    q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=q_ok, other=0.0)
+    do = tl.load(do_ptr + row_offset[:, None] * E + e, mask=q_ok, other=0.0)
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+    start = position * 0
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
+    local = first_local(tile * R, C, R, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    base = (b.to(tl.int64) * S * K + kv_head) * E
+    k_base, v_base = k_ptr + base, v_ptr + base
+    offs_n = tl.arange(0, BN)
+    dq = tl.zeros([BM, BE], tl.float32)
+
+    hs = kv_head if HS > 1 else 0
+    entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
+    list_base = list_ptr + entry * N
+    n_keys = tl.load(count_ptr + entry) * C
+    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
+        n = low + offs_n
+        n_ok = n < n_keys
+        if C % BN == 0:
+            block = tl.load(list_base + low // C)
+            key = block * C + low % C + offs_n
+        else:
+            block = tl.load(list_base + n // C, mask=n_ok, other=0)
+            key = block * C + n % C
+        offset = key.to(tl.int64) * (K * E)
+        if BE == E:
+            k = tl.load(k_base + offset[None, :] + e[:, None])
+            v = tl.load(v_base + offset[None, :] + e[:, None])
+        else:
+            k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
+            v = tl.load(v_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
+        keep = n_ok[None, :]
+        if HAS_DOCS:
+            keep = keep & (key[None, :] >= start[:, None])
+        extra = 0.0
+        if HAS_BIAS:
+            if C % BN == 0:
+                extra = tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+            else:
+                at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
+                extra = at[None, :] * 1.4426950408889634
+        p, ds = softmax_backward(
+            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or C % BN != 0
+        )
+        if HAS_BIAS:
+            into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
+            if C >= BN:
+                into += low // C
+                total = tl.sum(ds)
+                if C > BN:  # the same thread adds up the parts of a block
+                    if low % C != 0:
+                        total += tl.load(into)
+                tl.store(into, total)
+            else:
+                slots: tl.constexpr = BN // C
+                per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
+                slot = low // C + tl.arange(0, slots)
+                tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
+        ds16 = ds.to(k.dtype)
+        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        if ATOMIC:
+            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            into = base + offset[:, None] + e[None, :]
+            ok = n_ok[:, None] & e_ok[None, :]
+            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        sink_high = tl.minimum(tl.load(sink + 1), local)
+        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
+            key = low + offs_n
+            key_ok = key < sink_high
+            offset = key.to(tl.int64) * (K * E)
+            k_ok = key_ok[None, :] & e_ok[:, None]
+            k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+            v = tl.load(v_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+            keep = key_ok[None, :] & (key[None, :] >= start[:, None])
+            p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
+            ds16 = ds.to(k.dtype)
+            dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+            if ATOMIC:
+                dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+                into = base + offset[:, None] + e[None, :]
+                ok = key_ok[:, None] & e_ok[None, :]
+                tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+                tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    for low in tl.range(local, stop, BN, num_stages=1):
+        key = low + offs_n
+        key_ok = key < stop
+        offset = key.to(tl.int64) * (K * E)
+        k_ok = key_ok[None, :] & e_ok[:, None]
+        k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+        v = tl.load(v_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
+        ds16 = ds.to(k.dtype)
+        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        if ATOMIC:
+            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            into = base + offset[:, None] + e[None, :]
+            ok = key_ok[:, None] & e_ok[None, :]
+            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    tl.store(
+        dq_ptr + row_offset[:, None] * E + e, (dq * scale).to(dq_ptr.dtype.element_ty), mask=q_ok
+    )
+
+
+@triton.jit
+def dkv_rows(
+    dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, extra, b, position, t, head,
+    row_ok, T, S, scale_log2, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    MASKED: tl.constexpr, HAS_DOCS: tl.constexpr
+):  # fmt: skip
+    """Add to dk, dv [BN, BE] what BM query rows give them. k, v [BN, BE]; extra [BM] or 0."""
+    e = tl.arange(0, BE)
+    q_ok = row_ok[:, None] & (e < E)
+    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+    q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
+    do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
+    p = tl.exp2(s - lse[None, :])
+    if MASKED:
+        keep = key[:, None] <= position[None, :]
+        if HAS_DOCS:
+            start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
+            keep = keep & (key[:, None] >= start[None, :])
+        p = tl.where(keep, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,  # float32 [B, S, K, E], zero where MANY
+    dv_ptr,
+    segment_ptr,  # [B, HS, segments, 4] int32: key block, places [first, last) of the list, number
+    tile_ptr,  # [B, HS, entries] int32: tiles (numbered from 0) that chose the block, in order
+    slot_ptr,  # [B, HS, entries] int32: place in the bias, for each of them; -1 for a sink
+    bias_ptr,
+    docs_ptr,
+    T,
+    S,
+    q_start,
+    first_tile,
+    n_tiles,
+    n_entries,
+    n_bias,
+    scale,
+    scale_log2,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    HS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MANY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    RG: tl.constexpr = R * G
+    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    hs = kv_head if HS > 1 else 0
+    group = b * HS + hs
+    segment = segment_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 4
+    block = tl.load(segment)
+    if block >= 0:
+        first, last = tl.load(segment + 1), tl.load(segment + 2)
+        key = block * C + tl.arange(0, C)
+        e = tl.arange(0, BE)
+        key_ok = key < S
+        ok = key_ok[:, None] & (e < E)
+        base = (b.to(tl.int64) * S * K + kv_head) * E
+        at = base + key.to(tl.int64)[:, None] * (K * E) + e
+        k = tl.load(k_ptr + at, mask=ok, other=0.0)
+        v = tl.load(v_ptr + at, mask=ok, other=0.0)
+        dk = tl.zeros([C, BE], tl.float32)
+        dv = tl.zeros([C, BE], tl.float32)
+        m = tl.arange(0, BM)
+        list_base = group.to(tl.int64) * n_entries
+        for row in tl.range(0, (last - first) * RG, BM, num_stages=STAGES):
+            if RG % BM == 0:
+                place = first + row // RG
+                i = tl.load(tile_ptr + list_base + place)
+                inside = row % RG + m
+                row_ok = m >= 0
+            else:
+                flat = row + m
+                row_ok = flat < (last - first) * RG
+                place = first + flat // RG
+                i = tl.load(tile_ptr + list_base + place, mask=row_ok, other=0)
+                inside = flat % RG
+            position = (first_tile + i) * R + inside // G
+            t = position - q_start
+            row_ok = row_ok & (t >= 0) & (t < T)
+            extra = 0.0
+            if HAS_BIAS:
+                slot = tl.load(slot_ptr + list_base + place + inside * 0, mask=row_ok, other=-1)
+                extra = tl.load(
+                    bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
+                )
+                extra = extra[None, :] * 1.4426950408889634
+            dk, dv = dkv_rows(
+                dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, extra, b,
+                position, t, kv_head * G + inside % G, row_ok, T, S, scale_log2, H, E, BE,
+                HAS_DOCS, HAS_DOCS
+            )  # fmt: skip
+        if tl.load(segment + 3) == 0:
+            # The block's first segment also takes the tiles whose local window reaches it.
+            low = tl.maximum(block * C // R, first_tile)
+            high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
+            for row in tl.range(0, (high - low) * RG, BM, num_stages=1):
+                flat = row + m
+                position = low * R + flat // G
+                t = position - q_start
+                row_ok = (flat < (high - low) * RG) & (t >= 0) & (t < T)
+                reach = first_local(position, C, R, WINDOW)
+                row_ok = row_ok & (reach <= block * C)
+                dk, dv = dkv_rows(
+                    dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, 0.0, b,
+                    position, t, kv_head * G + flat % G, row_ok, T, S, scale_log2, H, E, BE,
+                    True, HAS_DOCS
+                )  # fmt: skip
+        dk *= scale
+        if MANY:
+            tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")
+        else:
+            tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=ok)
+            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=ok)
