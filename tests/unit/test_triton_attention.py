@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (C, R): lists of blocks owned by a program, of single keys, R not a power of two.
-GRANULARITIES = [(16, 16), (32, 24), (64, 64), (4, 16), (1, 32)]
+GRANULARITIES = [(16, 16), (32, 48), (64, 64), (4, 16), (1, 32)]
 granularities = pytest.mark.parametrize("granularity", GRANULARITIES, ids=granularity_id)
+# Triton's interpreter multiplies bfloat16 matrices as if they were integers.
+HALF = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
 
 
@@ -53,3 +55,105 @@ def check(selection, tensors, dtype=torch.float32, **kwargs):
 def test_triton_is_the_reference(granularity, length, documents, shared):
     selection = make_selection(length, granularity, heads=1 if shared else 2, documents=documents)
     check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("width", [16, 24, 64, 128])
+@pytest.mark.parametrize("granularity", [(16, 16), (64, 64), (2, 32)], ids=granularity_id)
+def test_half_precision(granularity, width, dtype):
+    selection = make_selection(150, granularity, window=9, budget=100)
+    check(selection, inputs(selection, width=width), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (16, 1)])
+def test_grouped_heads(heads, kv_heads, dtype):
+    for choices in {1, kv_heads}:
+        selection = make_selection(100, (16, 32), heads=choices)
+        check(selection, inputs(selection, heads, kv_heads), dtype)
+
+
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "no_lse"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("sinks", [0, 20])
+def test_options(lse, with_bias, sinks):
+    selection = make_selection(100, (16, 16), sinks=sinks, documents=True)
+    check(selection, inputs(selection), lse=lse, with_bias=with_bias, scale=0.7)
+
+
+@pytest.mark.parametrize("granularity", [(16, 16), (4, 32)], ids=granularity_id)
+@pytest.mark.parametrize("start", [5, 37, 99])
+def test_last_queries_only(granularity, start):
+    whole = make_selection(100, granularity, documents=True)
+    first = start // granularity[1]
+    blocks = whole.blocks_BHQN[:, :, first:]
+    part = type(whole)(whole.spec, blocks, 100 - start, 100, start, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, start:], k, v, bias[:, :, first:]))
+
+
+def test_a_deterministic_backward_is_the_same_every_time():
+    selection = on_device(make_selection(400, (16, 16), budget=100))
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run(selection, tensors, "triton")
+        for _ in range(3):
+            again = run(selection, tensors, "triton")
+            assert all(torch.equal(again[n], x) for n, x in first.items())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(selection, tensors)
+
+
+def test_blocks_attended_by_more_tiles_than_a_program_walks(monkeypatch):
+    from gsa_kernels.sparse_attention import triton_config
+
+    monkeypatch.setattr(triton_config, "ROWS_PER_SEGMENT", 64)
+    selection = make_selection(300, (16, 16), budget=150, sinks=20)
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
+    selection = on_device(make_selection(100, (16, 32), documents=documents))
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
+    clean = run(selection, tensors, "triton")
+    made = []
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1].fill_(torch.nan) if made[-1].is_floating_point() else made[-1]
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    dirty = run(selection, tensors, "triton")
+    assert len(made) > 3
+    for name, value in clean.items():
+        torch.testing.assert_close(dirty[name], value, msg=name)
+
+
+def test_operators_are_registered_truthfully():
+    from gsa_kernels.sparse_attention import ops
+
+    selection = on_device(make_selection(40, (16, 16), documents=True))
+    q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
+    docs = selection.doc_start_BS.to(torch.int32)
+    spec = selection.spec
+    sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
+    args = (q, k, v, selection.blocks_BHQN, bias, docs, sizes, 0.25, True, False)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.forward, args, test_utils=checks)
+
+
+def test_refusals():
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    for granularity, word in (((5, 16), "key blocks"), ((16, 8), "query tiles")):
+        selection = make_selection(40, granularity)
+        q, k, v, _ = inputs(selection, dtype=torch.float32)
+        with pytest.raises(ValueError, match=word):
+            sparse_attention(q, k, v, selection, impl="triton")

@@ -45,8 +45,8 @@ def _no_kernel(spec: SelectionSpec | None, width: int) -> str:
         return ""
     if spec.key_block & (spec.key_block - 1) or spec.key_block > 128:
         return f"the kernels take key blocks of 1, 2, 4 .. 128 keys, not {spec.key_block}"
-    if spec.query_tile < 16:
-        return f"there is no kernel for query tiles of {spec.query_tile} yet (16 and more)"
+    if spec.query_tile % 16:
+        return f"the kernels take query tiles of 16, 32, 48 .. queries, not {spec.query_tile}"
     return ""
 
 

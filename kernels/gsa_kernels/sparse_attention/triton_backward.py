@@ -11,7 +11,7 @@ Legend: see triton_forward.py.
 import triton
 import triton.language as tl
 
-from .triton_forward import first_local, logits_of, tile_rows
+from .triton_forward import first_local, load_range, logits_of, tile_rows
 
 
 @triton.jit
@@ -50,6 +50,8 @@ def dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     do_ptr,
     lse_ptr,
     delta_ptr,
@@ -85,6 +87,7 @@ def dq_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ATOMIC: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
@@ -127,7 +130,11 @@ def dq_kernel(
             block = tl.load(list_base + n // C, mask=n_ok, other=0)
             key = block * C + n % C
         offset = key.to(tl.int64) * (K * E)
-        if BE == E:
+        if TMA:
+            box = [b, block * C + low % C, kv_head * E]
+            k = k_desc.load(box).reshape([BN, BE]).T
+            v = v_desc.load(box).reshape([BN, BE]).T
+        elif BE == E:
             k = tl.load(k_base + offset[None, :] + e[:, None])
             v = tl.load(v_base + offset[None, :] + e[:, None])
         else:
@@ -165,7 +172,7 @@ def dq_kernel(
         if ATOMIC:
             dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + offset[:, None] + e[None, :]
+            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
             ok = n_ok[:, None] & e_ok[None, :]
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
@@ -177,10 +184,9 @@ def dq_kernel(
         for low in tl.range(sink_low, sink_high, BN, num_stages=1):
             key = low + offs_n
             key_ok = key < sink_high
-            offset = key.to(tl.int64) * (K * E)
-            k_ok = key_ok[None, :] & e_ok[:, None]
-            k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
-            v = tl.load(v_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+            column = kv_head * E
+            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
             keep = key_ok[None, :] & (key[None, :] >= start[:, None])
             p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
             ds16 = ds.to(k.dtype)
@@ -188,7 +194,7 @@ def dq_kernel(
             if ATOMIC:
                 dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
                 dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-                into = base + offset[:, None] + e[None, :]
+                into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
                 ok = key_ok[:, None] & e_ok[None, :]
                 tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
                 tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
@@ -196,10 +202,9 @@ def dq_kernel(
     for low in tl.range(local, stop, BN, num_stages=1):
         key = low + offs_n
         key_ok = key < stop
-        offset = key.to(tl.int64) * (K * E)
-        k_ok = key_ok[None, :] & e_ok[:, None]
-        k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
-        v = tl.load(v_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
+        column = kv_head * E
+        k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+        v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
         p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
         ds16 = ds.to(k.dtype)
@@ -207,7 +212,7 @@ def dq_kernel(
         if ATOMIC:
             dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + offset[:, None] + e[None, :]
+            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
             ok = key_ok[:, None] & e_ok[None, :]
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
@@ -219,27 +224,38 @@ def dq_kernel(
 
 @triton.jit
 def dkv_rows(
-    dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, extra, b, position, t, head,
-    row_ok, T, S, scale_log2, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-    MASKED: tl.constexpr, HAS_DOCS: tl.constexpr
+    dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
+    head, position, q_start, T, S, scale_log2, H: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """Add to dk, dv [BN, BE] what BM query rows give them. k, v [BN, BE]; extra [BM] or 0."""
-    e = tl.arange(0, BE)
-    q_ok = row_ok[:, None] & (e < E)
-    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
-    q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
-    do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
+    """Add to dk, dv [C, BE] what BM consecutive queries of one head, from `position` on, give.
+
+    LOCAL: the queries attend the block through their window, up to the diagonal.
+    """
+    at_row = position + tl.arange(0, BM)
+    t = at_row - q_start
+    row_ok = (t >= 0) & (t < T)
+    if TMA:
+        q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+        do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+    else:
+        e = tl.arange(0, BE)
+        q_ok = row_ok[:, None] & (e < E)
+        at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+        q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
+        do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
     line = (b.to(tl.int64) * H + head) * T + t
     lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
     delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
     p = tl.exp2(s - lse[None, :])
-    if MASKED:
-        keep = key[:, None] <= position[None, :]
-        if HAS_DOCS:
-            start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
-            keep = keep & (key[:, None] >= start[None, :])
-        p = tl.where(keep, p, 0.0)
+    if LOCAL:
+        reach = first_local(at_row, C, R, WINDOW)
+        p = tl.where((key[:, None] <= at_row[None, :]) & (key[:, None] >= reach[None, :]), p, 0.0)
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
+        p = tl.where(key[:, None] >= start[None, :], p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     ds = p * (dp - delta[None, :])
@@ -253,6 +269,8 @@ def dkv_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
+    q_desc,  # Q and dO as [B, T, H E] in boxes of 1 x BM x E; used where TMA
+    do_desc,
     lse_ptr,
     delta_ptr,
     dk_ptr,  # float32 [B, S, K, E], zero where MANY
@@ -283,10 +301,11 @@ def dkv_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MANY: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
-    RG: tl.constexpr = R * G
+    STEPS: tl.constexpr = R // BM * G  # of a tile: its heads, in parts of BM queries
     b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
     hs = kv_head if HS > 1 else 0
     group = b * HS + hs
@@ -296,58 +315,40 @@ def dkv_kernel(
         first, last = tl.load(segment + 1), tl.load(segment + 2)
         key = block * C + tl.arange(0, C)
         e = tl.arange(0, BE)
-        key_ok = key < S
-        ok = key_ok[:, None] & (e < E)
+        ok = (key < S)[:, None] & (e < E)
         base = (b.to(tl.int64) * S * K + kv_head) * E
         at = base + key.to(tl.int64)[:, None] * (K * E) + e
         k = tl.load(k_ptr + at, mask=ok, other=0.0)
         v = tl.load(v_ptr + at, mask=ok, other=0.0)
         dk = tl.zeros([C, BE], tl.float32)
         dv = tl.zeros([C, BE], tl.float32)
-        m = tl.arange(0, BM)
         list_base = group.to(tl.int64) * n_entries
-        for row in tl.range(0, (last - first) * RG, BM, num_stages=STAGES):
-            if RG % BM == 0:
-                place = first + row // RG
-                i = tl.load(tile_ptr + list_base + place)
-                inside = row % RG + m
-                row_ok = m >= 0
-            else:
-                flat = row + m
-                row_ok = flat < (last - first) * RG
-                place = first + flat // RG
-                i = tl.load(tile_ptr + list_base + place, mask=row_ok, other=0)
-                inside = flat % RG
-            position = (first_tile + i) * R + inside // G
-            t = position - q_start
-            row_ok = row_ok & (t >= 0) & (t < T)
+        for step in tl.range(0, (last - first) * STEPS, num_stages=STAGES):
+            place = list_base + first + step // STEPS
+            tile = first_tile + tl.load(tile_ptr + place)
             extra = 0.0
             if HAS_BIAS:
-                slot = tl.load(slot_ptr + list_base + place + inside * 0, mask=row_ok, other=-1)
+                slot = tl.load(slot_ptr + place)
                 extra = tl.load(
                     bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
                 )
-                extra = extra[None, :] * 1.4426950408889634
+                extra = extra * 1.4426950408889634
+            head = kv_head * G + step % G
             dk, dv = dkv_rows(
-                dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, extra, b,
-                position, t, kv_head * G + inside % G, row_ok, T, S, scale_log2, H, E, BE,
-                HAS_DOCS, HAS_DOCS
+                dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
+                extra, b, head, tile * R + step % STEPS // G * BM, q_start, T, S, scale_log2,
+                H, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
             )  # fmt: skip
         if tl.load(segment + 3) == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
-            for row in tl.range(0, (high - low) * RG, BM, num_stages=1):
-                flat = row + m
-                position = low * R + flat // G
-                t = position - q_start
-                row_ok = (flat < (high - low) * RG) & (t >= 0) & (t < T)
-                reach = first_local(position, C, R, WINDOW)
-                row_ok = row_ok & (reach <= block * C)
+            for step in tl.range(0, (high - low) * STEPS, num_stages=1):
+                head = kv_head * G + step % G
                 dk, dv = dkv_rows(
-                    dk, dv, k, v, key, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, 0.0, b,
-                    position, t, kv_head * G + flat % G, row_ok, T, S, scale_log2, H, E, BE,
-                    True, HAS_DOCS
+                    dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
+                    docs_ptr, 0.0, b, head, low * R + step // G * BM, q_start, T, S, scale_log2,
+                    H, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
                 )  # fmt: skip
         dk *= scale
         if MANY:

@@ -2,15 +2,24 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
-    """rows and keys per step (BM, BN), warps per program, pipeline stages of the main loop."""
+    """rows and keys per step (BM, BN), warps per program, pipeline stages of the main loop, and
+    whether keys are fetched by the tensor memory accelerator (sm_90 and newer)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device has a tensor memory accelerator; the interpreter behaves as if."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _rows(wanted: int, available: int) -> int:
@@ -31,21 +40,26 @@ def forward(rows: int, block: int, width: int, itemsize: int) -> Launch:
     if itemsize > 2 or width > 128:
         return Launch(_rows(64, rows), _keys(32, block), 4, 2)
     bm = _rows(256, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
+    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 4, tma=True)
 
 
 def query_gradient(rows: int, block: int, width: int, itemsize: int) -> Launch:
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 4, 1)
     bm = _rows(128, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 2)
+    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 4, tma=True)
 
 
-def key_gradient(rows: int, block: int, width: int, itemsize: int) -> Launch:
-    """keys is unused: a program owns one block."""
+def key_gradient(tile: int, block: int, width: int, itemsize: int) -> Launch:
+    """rows: queries of one head per step, a divisor of R. keys: C, which a program owns."""
+    rows = 64
+    while tile % rows:
+        rows //= 2
+    if rows < 16:
+        raise ValueError(f"the backward needs query tiles of a multiple of 16, not {tile}")
     if itemsize > 2 or width > 128:
-        return Launch(32, block, 4, 1)
-    return Launch(64, block, 4 if block <= 64 else 8, 2)
+        return Launch(min(rows, 32), block, 4, 1)
+    return Launch(rows, block, 4 if block <= 64 else 8, 2, tma=True)
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk

@@ -37,6 +37,19 @@ def logits_of(q, k, scale_log2):
 
 
 @triton.jit
+def load_range(
+    x_base, desc, b, row, column, key, key_ok, K: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[BN, BE] consecutive rows of keys or values: one box, or pointers where key_ok."""
+    if TMA:
+        return desc.load([b, row, column]).reshape([BN, BE])
+    e = tl.arange(0, BE)
+    offset = key.to(tl.int64)[:, None] * (K * E) + e
+    return tl.load(x_base + offset, mask=key_ok[:, None] & (e < E), other=0.0)
+
+
+@triton.jit
 def accumulate(acc, m, l, s, v):
     """One step of the online softmax; a row whose keys are all masked so far keeps m = -inf."""
     m_new = tl.maximum(m, tl.max(s, 1))
@@ -54,6 +67,8 @@ def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_desc,  # K and V as [B, S, K E] in boxes of 1 x BN x E; used where TMA
+    v_desc,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, natural log
     list_ptr,  # [B, HS, Q, N] int32
@@ -84,6 +99,7 @@ def forward_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
@@ -129,7 +145,11 @@ def forward_kernel(
             block = tl.load(list_base + n // C, mask=n_ok, other=0)
             key = block * C + n % C
         offset = key.to(tl.int64) * (K * E)
-        if BE == E and C % BN == 0:
+        if TMA:
+            row = block * C + low % C
+            k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
+            v = v_desc.load([b, row, kv_head * E]).reshape([BN, BE])
+        elif BE == E and C % BN == 0:
             k = tl.load(k_base + offset[None, :] + e[:, None])
             v = tl.load(v_base + offset[:, None] + e[None, :])
         else:
@@ -167,11 +187,9 @@ def forward_kernel(
         for low in tl.range(sink_low, sink_high, BN, num_stages=1):
             key = low + offs_n
             key_ok = key < sink_high
-            offset = key.to(tl.int64) * (K * E)
-            k_ok = key_ok[None, :] & e_ok[:, None]
-            k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
-            v_ok = key_ok[:, None] & e_ok[None, :]
-            v = tl.load(v_base + offset[:, None] + e[None, :], mask=v_ok, other=0.0)
+            column = kv_head * E
+            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA)
             s = logits_of(q, k, scale_log2)
             keep = key_ok[None, :]
             if HAS_DOCS:
@@ -182,11 +200,8 @@ def forward_kernel(
     for low in tl.range(local, stop, BN, num_stages=1):
         key = low + offs_n
         key_ok = key < stop
-        offset = key.to(tl.int64) * (K * E)
-        k_ok = key_ok[None, :] & e_ok[:, None]
-        k = tl.load(k_base + offset[None, :] + e[:, None], mask=k_ok, other=0.0)
-        v_ok = key_ok[:, None] & e_ok[None, :]
-        v = tl.load(v_base + offset[:, None] + e[None, :], mask=v_ok, other=0.0)
+        k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
+        v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
         s = logits_of(q, k, scale_log2)
         keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
         s = tl.where(keep, s, float("-inf"))

@@ -37,6 +37,22 @@ def _sinks(selection: Selection) -> tuple[Tensor | None, int]:
     return ranges.contiguous(), 0 if ranges.shape[0] == 1 else ranges.shape[1] * 2
 
 
+def _tma(launch: config.Launch, q: Tensor) -> bool:
+    """A box is as wide as a head: widths that are padded to a power of two cannot use one."""
+    width = q.shape[3]
+    return launch.tma and config.has_tma(q.device) and width >= 16 and width & (width - 1) == 0
+
+
+def _boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
+    """Descriptors of [B, T, H, E] tensors as [B, T, H E] in boxes of `rows` positions of one
+    head; the tensors themselves without TMA."""
+    if not tma:
+        return list(tensors)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [TensorDescriptor.from_tensor(x.flatten(2), [1, rows, x.shape[3]]) for x in tensors]
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -67,16 +83,17 @@ def forward(
     count = (blocks >= 0).sum(-1, dtype=torch.int32)
     sinks, sink_stride = _sinks(selection)
     first_tile = selection.q_start // r
+    tma = _tma(launch, q) and c % launch.keys == 0
     grid = (tiles * triton.cdiv(rows, launch.rows), batch * kv_heads)
     forward_kernel[grid](
-        q, k, v, out, lse, blocks, count,
+        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, blocks, count,
         bias if bias is not None else lse, slot_lse, docs if docs is not None else blocks,
         sinks if sinks is not None else blocks,
         queries, keys, selection.q_start, first_tile, tiles, slots, sink_stride, scale * LOG2E,
         **common,
         BM=launch.rows, BN=launch.keys,
         HAS_SINKS=sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        HAS_MASS=need_mass and slots > 0, STAGES=launch.stages,
+        HAS_MASS=need_mass and slots > 0, TMA=tma, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and slots:
@@ -128,6 +145,7 @@ def backward(
     first_tile = selection.q_start // r
     launch = config.query_gradient(rows, c, width, q.element_size())
     parts = triton.cdiv(rows, launch.rows)
+    tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
     if bias is not None:
         dbias = torch.zeros(
@@ -135,31 +153,32 @@ def backward(
         )
     some = [bias if bias is not None else lse, dbias]
     dq_kernel[(tiles * parts, batch * kv_heads)](
-        q, k, v, dout, lse, delta, dq, dk, dv, blocks, count, *some,
+        q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv, blocks, count, *some,
         docs if docs is not None else blocks, sinks if sinks is not None else blocks,
         queries, keys, selection.q_start, first_tile, tiles, slots, sink_stride,
         scale, scale * LOG2E,
         **common,
         BM=launch.rows, BN=launch.keys,
         HAS_SINKS=sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        ATOMIC=not owned, STAGES=launch.stages,
+        ATOMIC=not owned, TMA=tma, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if owned:
-        launch = config.key_gradient(rows, c, width, q.element_size())
+        launch = config.key_gradient(r, c, width, q.element_size())
+        tma = _tma(launch, q)
         entries = tiles * (slots + selection.sink_slots)
         longest = max(1, entries if single else config.ROWS_PER_SEGMENT // rows)
         lists = invert(selection, longest)
         segments = lists.segments_BHG4.shape[2]
         dkv_kernel[(segments, batch * kv_heads)](
-            q, k, v, dout, lse, delta, dk, dv,
+            q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
             lists.segments_BHG4, lists.tiles_BHL, lists.places_BHL, some[0],
             docs if docs is not None else blocks,
             queries, keys, selection.q_start, first_tile, tiles, entries, tiles * slots,
             scale, scale * LOG2E,
             **common,
             BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-            MANY=not single, STAGES=launch.stages,
+            MANY=not single, TMA=tma, STAGES=launch.stages,
             num_warps=launch.warps,
         )  # fmt: skip
     if bias is not None:
