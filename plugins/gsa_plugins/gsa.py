@@ -32,7 +32,7 @@ class GatedSparseAttention(Attention):
                 f"attention.selection_heads={config.selection_heads!r}: choose shared or kv"
             )
         self.selection_heads = dims.n_kv_heads if config.selection_heads == "kv" else 1
-        self.impl = config.impl
+        self.impl, self.head_dim = config.impl, dims.head_dim
 
     def selection_spec(self, sparsity: Sparsity) -> SelectionSpec:
         return SelectionSpec(
@@ -40,7 +40,8 @@ class GatedSparseAttention(Attention):
         )
 
     def describe(self, device_type: str) -> str:
-        name, why = choose(self.impl, torch.device(device_type))
+        spec = SelectionSpec(self.key_block, self.query_tile)
+        name, why = choose(self.impl, torch.device(device_type), spec, self.head_dim)
         shape = f"{self.mode} mode, C={self.key_block} keys, R={self.query_tile} queries"
         return f"gsa: {shape}; impl {name} ({why})"
 

@@ -40,7 +40,9 @@ def record(call: Callable[[], Any]) -> list[tuple[JITFunction, dict[str, Any], d
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         named = dict(zip(self.arg_names, args))
         options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
-        launches.append((self, named | {k: kwargs[k] for k in kwargs if k in self.arg_names}, options))
+        launches.append(
+            (self, named | {k: kwargs[k] for k in kwargs if k in self.arg_names}, options)
+        )
 
     original = JITFunction.run
     JITFunction.run = run  # type: ignore[method-assign, assignment]
@@ -112,9 +114,7 @@ def launches_of(
     def both() -> None:
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True)
-        triton_launch.backward(
-            q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False
-        )
+        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False)
 
     return record(both)
 

@@ -153,7 +153,7 @@ def test_refusals():
     from gsa_kernels.sparse_attention.api import sparse_attention
 
     for granularity, word in (((5, 16), "key blocks"), ((16, 8), "query tiles")):
-        selection = make_selection(40, granularity)
-        q, k, v, _ = inputs(selection, dtype=torch.float32)
+        selection = on_device(make_selection(40, granularity))
+        q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))
         with pytest.raises(ValueError, match=word):
             sparse_attention(q, k, v, selection, impl="triton")

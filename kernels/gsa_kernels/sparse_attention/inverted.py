@@ -29,7 +29,7 @@ class InvertedLists:
 def invert(selection: Selection, longest: int) -> InvertedLists:
     """Lists of a selection; a segment holds at most `longest` tiles."""
     spec, blocks = selection.spec, selection.blocks_BHQN
-    batch, heads, tiles, width = blocks.shape
+    batch, heads, _, width = blocks.shape
     listed, valid = selection.slots(slice(None))
     listed, valid = listed[..., : -spec.local_slots], valid[..., : -spec.local_slots]
     n_blocks, per_tile = selection.layout.n_blocks, listed.shape[-1]

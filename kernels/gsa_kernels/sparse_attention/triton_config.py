@@ -35,31 +35,38 @@ def _keys(wanted: int, block: int) -> int:
     return max(16, min(wanted, block) if block >= wanted else wanted)
 
 
-def forward(rows: int, block: int, width: int, itemsize: int) -> Launch:
+def forward(rows: int, block: int, width: int, itemsize: int, device: torch.device) -> Launch:
     """rows: R G of a tile; block: C; width: E."""
     if itemsize > 2 or width > 128:
-        return Launch(_rows(64, rows), _keys(32, block), 4, 2)
+        return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
+    if not has_tma(device):
+        bm = _rows(128, rows)
+        return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
     bm = _rows(256, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 4, tma=True)
+    return Launch(bm, _keys(64, block), 8 if bm > 128 else 4, 5, tma=True)
 
 
-def query_gradient(rows: int, block: int, width: int, itemsize: int) -> Launch:
+def query_gradient(
+    rows: int, block: int, width: int, itemsize: int, device: torch.device
+) -> Launch:
     if itemsize > 2 or width > 128:
-        return Launch(_rows(32, rows), _keys(32, block), 4, 1)
-    bm = _rows(128, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 4, tma=True)
+        return Launch(_rows(32, rows), _keys(32, block), 8, 1)
+    if not has_tma(device):
+        return Launch(_rows(64, rows), _keys(64, block), 4, 2)
+    return Launch(_rows(64, rows), _keys(64, block), 4, 4, tma=True)
 
 
-def key_gradient(tile: int, block: int, width: int, itemsize: int) -> Launch:
+def key_gradient(tile: int, block: int, width: int, itemsize: int, device: torch.device) -> Launch:
     """rows: queries of one head per step, a divisor of R. keys: C, which a program owns."""
     rows = 64
     while tile % rows:
         rows //= 2
-    if rows < 16:
-        raise ValueError(f"the backward needs query tiles of a multiple of 16, not {tile}")
+    assert rows >= 16, "query tiles are multiples of 16"
     if itemsize > 2 or width > 128:
-        return Launch(min(rows, 32), block, 4, 1)
-    return Launch(rows, block, 4 if block <= 64 else 8, 2, tma=True)
+        return Launch(16 if itemsize > 2 else 32, block, 8, 1)
+    if not has_tma(device):
+        return Launch(min(rows, 32), block, 4 if block <= 64 else 8, 2)
+    return Launch(rows, block, 4 if block <= 64 else 8, 3, tma=True)
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk

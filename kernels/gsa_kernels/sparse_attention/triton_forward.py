@@ -14,7 +14,9 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_rows(pid, kv_head, tile, q_start, T, H, G: tl.constexpr, R: tl.constexpr, BM: tl.constexpr):
+def tile_rows(
+    pid, kv_head, tile, q_start, T, H, G: tl.constexpr, R: tl.constexpr, BM: tl.constexpr
+):
     """Absolute position, index into T, query head and validity of a program's BM rows."""
     row = pid * BM + tl.arange(0, BM)
     position = tile * R + row // G
@@ -50,16 +52,16 @@ def load_range(
 
 
 @triton.jit
-def accumulate(acc, m, l, s, v):
+def accumulate(acc, m, norm, s, v):
     """One step of the online softmax; a row whose keys are all masked so far keeps m = -inf."""
     m_new = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - safe)
     p = tl.exp2(s - safe[:, None])
-    l = l * alpha + tl.sum(p, 1)
+    norm = norm * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, m_new, l, p, safe
+    return acc, m_new, norm, p, safe
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def forward_kernel(
 
     acc = tl.zeros([BM, BE], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    norm = tl.zeros([BM], tl.float32)
 
     # The selected blocks: whole, and before the window of every row.
     hs = kv_head if HS > 1 else 0
@@ -166,7 +168,7 @@ def forward_kernel(
             s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
         if C % BN != 0:
             s = tl.where(n_ok[None, :], s, float("-inf"))
-        acc, m, l, p, top = accumulate(acc, m, l, s, v)
+        acc, m, norm, p, top = accumulate(acc, m, norm, s, v)
         if HAS_MASS:
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1
@@ -195,7 +197,7 @@ def forward_kernel(
             if HAS_DOCS:
                 keep = keep & (key[None, :] >= start[:, None])
             s = tl.where(keep, s, float("-inf"))
-            acc, m, l, _, _ = accumulate(acc, m, l, s, v)
+            acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
     for low in tl.range(local, stop, BN, num_stages=1):
         key = low + offs_n
@@ -205,9 +207,9 @@ def forward_kernel(
         s = logits_of(q, k, scale_log2)
         keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
         s = tl.where(keep, s, float("-inf"))
-        acc, m, l, _, _ = accumulate(acc, m, l, s, v)
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
-    safe = tl.where(l > 0, l, 1.0)
+    safe = tl.where(norm > 0, norm, 1.0)
     out = acc / safe[:, None]
     tl.store(
         out_ptr + row_offset[:, None] * E + e,

@@ -40,7 +40,7 @@ def _sinks(selection: Selection) -> tuple[Tensor | None, int]:
 def _tma(launch: config.Launch, q: Tensor) -> bool:
     """A box is as wide as a head: widths that are padded to a power of two cannot use one."""
     width = q.shape[3]
-    return launch.tma and config.has_tma(q.device) and width >= 16 and width & (width - 1) == 0
+    return launch.tma and width >= 16 and width & (width - 1) == 0
 
 
 def _boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
@@ -71,7 +71,7 @@ def forward(
     common = _common(selection, heads, kv_heads, width)
     c, r = common["C"], common["R"]
     rows = r * (heads // kv_heads)
-    launch = config.forward(rows, c, width, q.element_size())
+    launch = config.forward(rows, c, width, q.element_size(), q.device)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
     parts = max(1, c // launch.keys)
@@ -136,14 +136,15 @@ def backward(
     if not owned and deterministic:
         raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
     single = owned and deterministic
-    gradient = torch.empty if single else torch.zeros
-    wide = dict(device=q.device, dtype=k.dtype if single else torch.float32)
-    dk, dv = (gradient(k.shape, **wide) for _ in range(2))
+    if single:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+    else:
+        dk, dv = (torch.zeros(k.shape, device=k.device, dtype=torch.float32) for _ in range(2))
     dq = torch.empty_like(q)
     count = (blocks >= 0).sum(-1, dtype=torch.int32)
     sinks, sink_stride = _sinks(selection)
     first_tile = selection.q_start // r
-    launch = config.query_gradient(rows, c, width, q.element_size())
+    launch = config.query_gradient(rows, c, width, q.element_size(), q.device)
     parts = triton.cdiv(rows, launch.rows)
     tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
@@ -153,8 +154,9 @@ def backward(
         )
     some = [bias if bias is not None else lse, dbias]
     dq_kernel[(tiles * parts, batch * kv_heads)](
-        q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv, blocks, count, *some,
-        docs if docs is not None else blocks, sinks if sinks is not None else blocks,
+        q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
+        blocks, count, *some, docs if docs is not None else blocks,
+        sinks if sinks is not None else blocks,
         queries, keys, selection.q_start, first_tile, tiles, slots, sink_stride,
         scale, scale * LOG2E,
         **common,
@@ -164,7 +166,7 @@ def backward(
         num_warps=launch.warps,
     )  # fmt: skip
     if owned:
-        launch = config.key_gradient(r, c, width, q.element_size())
+        launch = config.key_gradient(r, c, width, q.element_size(), q.device)
         tma = _tma(launch, q)
         entries = tiles * (slots + selection.sink_slots)
         longest = max(1, entries if single else config.ROWS_PER_SEGMENT // rows)
