@@ -1,7 +1,7 @@
 """Backward of sparse attention: one kernel for dq (and the bias), one for dk and dv.
 
 The first walks the keys of a query tile as the forward does. The second is owned by a key block:
-it walks the queries that attend it, those of nearby tiles through their local window and the others
+it walks the queries that attend it, those of nearby tiles through their window and the others
 through an inverted list, so that nothing is atomic unless a long list is split over programs. Key
 blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel.
 
