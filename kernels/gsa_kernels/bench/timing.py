@@ -1,5 +1,6 @@
 """Time and memory of a call on the device at hand, and what that device is."""
 
+import itertools
 import platform
 import statistics
 import subprocess
@@ -12,24 +13,35 @@ import torch
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> float:
-    """Median over at least 3 calls after a warm-up, about `budget_s` seconds of them."""
+    """Median over at least 3 calls after a warm-up, about `budget_s` seconds of them.
+
+    On a GPU the calls are queued without waiting in between, as the layers of a model are.
+    """
     call()
-    once = _timed(call, device)
-    repeats = int(min(50, max(3, budget_s * 1000 / max(once, 1e-3))))
-    return statistics.median(_timed(call, device) for _ in range(repeats))
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+        times = [_seconds(call)]
+        while len(times) < 3 or (sum(times) < budget_s and len(times) < 50):
+            times.append(_seconds(call))
+        return statistics.median(times) * 1e3
+    once = _queued(call, 1)[0]
+    return statistics.median(_queued(call, int(min(50, max(3, budget_s * 1e3 / max(once, 1e-3))))))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
     call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return time.perf_counter() - start
+
+
+def _queued(call: Callable[[], Any], repeats: int) -> list[float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

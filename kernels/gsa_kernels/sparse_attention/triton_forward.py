@@ -76,7 +76,7 @@ def forward_kernel(
     list_ptr,  # [B, HS, Q, N] int32
     count_ptr,  # [B, HS, Q] int32
     bias_ptr,  # [B, HS, Q, N] float32, natural log
-    slot_lse_ptr,  # [B, H, T, N SUB] float32: log2 of each selected block's sum of exponentials
+    slot_lse_ptr,  # [B, K, Q, PARTS, N SUB, BM] float32: log2 of a block's sum of exponentials
     docs_ptr,  # [B, S] int32: first position of each position's document
     sink_ptr,  # [B or 1, Q, 2] int32: sink range of each tile
     T,
@@ -177,10 +177,9 @@ def forward_kernel(
             else:
                 total = tl.sum(tl.reshape(p, [BM, slots, BN // slots]), 2)
             slot = (low // BN) * slots + tl.arange(0, slots)
-            line = ((b.to(tl.int64) * H + head) * T + t) * (N * SUB)
-            ok = row_ok[:, None] & (slot < N * SUB)[None, :]
-            at = slot_lse_ptr + line[:, None] + slot[None, :]
-            tl.store(at, tl.log2(total) + top[:, None], mask=ok)
+            line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
+            at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
+            tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
@@ -222,7 +221,7 @@ def forward_kernel(
 
 @triton.jit
 def mass_kernel(
-    slot_lse_ptr,  # [B, H, T, N SUB]
+    slot_lse_ptr,  # as the forward left it
     lse_ptr,  # [B, H, T]
     mass_ptr,  # [B, HS, Q, N]
     count_ptr,
@@ -232,33 +231,33 @@ def mass_kernel(
     n_tiles,
     N,
     H: tl.constexpr,
+    K: tl.constexpr,
     HS: tl.constexpr,
     R: tl.constexpr,
     SUB: tl.constexpr,
-    BR: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Attention probability of each selected block, mean over the tile's queries and heads."""
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (R * G + BM - 1) // BM
     i, bh = tl.program_id(0), tl.program_id(1)
     b, hs = bh // HS, bh % HS
-    heads: tl.constexpr = H // HS
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     count = tl.load(count_ptr + entry)
     slot = tl.program_id(2) * BN + tl.arange(0, BN)
     total = tl.zeros([BN], tl.float32)
+    for step in range(0, K // HS * PARTS):
+        kv_head, part = hs * (K // HS) + step // PARTS, step % PARTS
+        _, t, head, ok = tile_rows(part, kv_head, first_tile + i, q_start, T, H, G, R, BM)
+        lse = tl.load(lse_ptr + (b.to(tl.int64) * H + head) * T + t, mask=ok, other=float("inf"))
+        lse *= 1.4426950408889634
+        line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
+        for sub in tl.static_range(SUB):
+            at = (line + slot * SUB + sub)[:, None] * BM + tl.arange(0, BM)
+            s = tl.load(slot_lse_ptr + at, mask=(slot < count)[:, None], other=float("-inf"))
+            total += tl.sum(tl.exp2(s - lse), 1)
     low = tl.maximum((first_tile + i) * R, q_start)
     high = tl.minimum((first_tile + i) * R + R, q_start + T)
-    for row in range(0, R * heads, BR):
-        r = row + tl.arange(0, BR)
-        position = (first_tile + i) * R + r % R
-        ok = (r < R * heads) & (position >= low) & (position < high)
-        head = hs * heads + r // R
-        line = (b.to(tl.int64) * H + head) * T + position - q_start
-        lse = tl.load(lse_ptr + line, mask=ok, other=float("inf")) * 1.4426950408889634
-        keep = ok[:, None] & (slot < count)[None, :]
-        for sub in tl.static_range(SUB):
-            at = line[:, None] * (N * SUB) + slot * SUB + sub
-            s = tl.load(slot_lse_ptr + at, mask=keep, other=float("-inf"))
-            total += tl.sum(tl.exp2(s - lse[:, None]), 0)
-    mean = total / ((high - low) * heads)
+    mean = total / ((high - low) * (H // HS))
     tl.store(mass_ptr + entry * N + slot, tl.where(slot < count, mean, 0.0), mask=slot < N)

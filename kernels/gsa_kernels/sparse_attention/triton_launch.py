@@ -74,18 +74,17 @@ def forward(
     launch = config.forward(rows, c, width, q.element_size(), q.device)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
-    parts = max(1, c // launch.keys)
+    sub, parts = max(1, c // launch.keys), triton.cdiv(rows, launch.rows)
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     slot_lse = lse
     if need_mass:
-        shape = (batch, heads, queries, slots * parts)
+        shape = (batch, kv_heads, tiles, parts, slots * sub, launch.rows)
         slot_lse = torch.empty(shape, device=q.device, dtype=torch.float32)
     count = (blocks >= 0).sum(-1, dtype=torch.int32)
     sinks, sink_stride = _sinks(selection)
     first_tile = selection.q_start // r
     tma = _tma(launch, q) and c % launch.keys == 0
-    grid = (tiles * triton.cdiv(rows, launch.rows), batch * kv_heads)
-    forward_kernel[grid](
+    forward_kernel[(tiles * parts, batch * kv_heads)](
         q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, blocks, count,
         bias if bias is not None else lse, slot_lse, docs if docs is not None else blocks,
         sinks if sinks is not None else blocks,
@@ -97,10 +96,10 @@ def forward(
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and slots:
-        bn = min(64, triton.next_power_of_2(slots))
+        bn = min(32, triton.next_power_of_2(slots))
         mass_kernel[(tiles, batch * common["HS"], triton.cdiv(slots, bn))](
             slot_lse, lse, mass, count, queries, selection.q_start, first_tile, tiles, slots,
-            H=heads, HS=common["HS"], R=r, SUB=parts, BR=64, BN=bn,
+            H=heads, K=kv_heads, HS=common["HS"], R=r, SUB=sub, BM=launch.rows, BN=bn,
         )  # fmt: skip
     return out, lse, mass
 
