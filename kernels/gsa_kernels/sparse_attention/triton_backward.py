@@ -225,15 +225,23 @@ def dq_kernel(
 @triton.jit
 def dkv_rows(
     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
-    head, position, q_start, T, S, scale_log2, H: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
+    kv_head, tile, step, q_start, T, S, scale_log2, H: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """Add to dk, dv [C, BE] what BM queries of one head, from `position` on, give.
+    """Add to dk, dv [C, BE] what BM query rows of a tile give, the step-th of its R G / BM parts.
 
+    A part is BM queries of one head where BM divides R, which is one box; else rows mix heads.
     LOCAL: the queries attend the block through their window, up to the diagonal.
     """
-    at_row = position + tl.arange(0, BM)
+    m = tl.arange(0, BM)
+    if R % BM == 0:
+        position = tile * R + step // G * BM
+        head = kv_head * G + step % G
+        at_row = position + m
+    else:
+        head = kv_head * G + (step * BM + m) % G
+        at_row = tile * R + (step * BM + m) // G
     t = at_row - q_start
     row_ok = (t >= 0) & (t < T)
     if TMA:
@@ -305,7 +313,7 @@ def dkv_kernel(
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
-    STEPS: tl.constexpr = R // BM * G  # of a tile: its heads, in parts of BM queries
+    STEPS: tl.constexpr = R * G // BM
     b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
     hs = kv_head if HS > 1 else 0
     group = b * HS + hs
@@ -333,22 +341,20 @@ def dkv_kernel(
                     bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
                 )
                 extra = extra * 1.4426950408889634
-            head = kv_head * G + step % G
             dk, dv = dkv_rows(
                 dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
-                extra, b, head, tile * R + step % STEPS // G * BM, q_start, T, S, scale_log2,
-                H, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
+                extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
+                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
             )  # fmt: skip
         if tl.load(segment + 3) == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
             for step in tl.range(0, (high - low) * STEPS, num_stages=1):
-                head = kv_head * G + step % G
                 dk, dv = dkv_rows(
                     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
-                    docs_ptr, 0.0, b, head, low * R + step // G * BM, q_start, T, S, scale_log2,
-                    H, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
+                    docs_ptr, 0.0, b, kv_head, low + step // STEPS, step % STEPS, q_start, T, S,
+                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
                 )  # fmt: skip
         dk *= scale
         if MANY:

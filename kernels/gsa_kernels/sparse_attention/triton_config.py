@@ -56,17 +56,23 @@ def query_gradient(
     return Launch(_rows(64, rows), _keys(64, block), 4, 4, tma=True)
 
 
-def key_gradient(tile: int, block: int, width: int, itemsize: int, device: torch.device) -> Launch:
-    """rows: queries of one head per step, a divisor of R. keys: C, which a program owns."""
-    rows = 64
-    while tile % rows:
+def key_gradient(
+    tile: int, group: int, block: int, width: int, itemsize: int, device: torch.device
+) -> Launch:
+    """rows: a divisor of R G, and of R where a step is one box. keys: C, which a program owns."""
+    wanted = 64
+    if itemsize > 2 or width > 128:
+        wanted = 16 if itemsize > 2 else 32
+    elif not has_tma(device):
+        wanted = 32
+    rows = wanted
+    while tile * group % rows:
         rows //= 2
     assert rows >= 16, "query tiles are multiples of 16"
     if itemsize > 2 or width > 128:
-        return Launch(16 if itemsize > 2 else 32, block, 8, 1)
-    if not has_tma(device):
-        return Launch(min(rows, 32), block, 4 if block <= 64 else 8, 2)
-    return Launch(rows, block, 4 if block <= 64 else 8, 3, tma=True)
+        return Launch(rows, block, 8, 1)
+    tma = has_tma(device) and tile % rows == 0
+    return Launch(rows, block, 4 if block <= 64 else 8, 3 if has_tma(device) else 2, tma)
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk

@@ -165,7 +165,7 @@ def backward(
         num_warps=launch.warps,
     )  # fmt: skip
     if owned:
-        launch = config.key_gradient(r, c, width, q.element_size(), q.device)
+        launch = config.key_gradient(r, rows // r, c, width, q.element_size(), q.device)
         tma = _tma(launch, q)
         entries = tiles * (slots + selection.sink_slots)
         longest = max(1, entries if single else config.ROWS_PER_SEGMENT // rows)
