@@ -157,3 +157,48 @@ def test_refusals():
         q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))
         with pytest.raises(ValueError, match=word):
             sparse_attention(q, k, v, selection, impl="triton")
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+def test_one_compiled_graph(documents):
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    selection = on_device(make_selection(63, (16, 16), documents=documents))
+    q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
+
+    def layer(q, k, v, bias):
+        result = sparse_attention(q * 2, k, v, selection, bias_BHQN=bias, impl="triton")
+        return result.out_BTHE.sin().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(q, k, v, bias), (q, k, v, bias))
+    found = torch.autograd.grad(compiled(q, k, v, bias), (q, k, v, bias))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_captured_in_a_cuda_graph():
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    selection = on_device(make_selection(300, (16, 16), budget=150))
+    q, k, v, _ = (x.to(DEVICE, torch.float16).requires_grad_() for x in inputs(selection))
+
+    def step():
+        out = sparse_attention(q, k, v, selection, impl="triton").out_BTHE
+        return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+    graph.replay()
+    for a, b in zip(captured, step()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
