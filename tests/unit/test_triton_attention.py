@@ -21,6 +21,9 @@ HALF = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
 
 
+UNITED = [(16, 1), (32, 1), (64, 1)]  # each query has its own list of blocks
+
+
 def on_device(selection):
     docs = selection.doc_start_BS
     return type(selection)(
@@ -55,6 +58,39 @@ def check(selection, tensors, dtype=torch.float32, **kwargs):
 def test_triton_is_the_reference(granularity, length, documents, shared):
     selection = make_selection(length, granularity, heads=1 if shared else 2, documents=documents)
     check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("granularity", UNITED, ids=granularity_id)
+@pytest.mark.parametrize("length", [1, 63, 150])
+@documents
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "kv"])
+def test_lists_of_single_queries(granularity, length, documents, shared):
+    budget = 50 if granularity[0] < 64 else 150
+    selection = make_selection(
+        length,
+        granularity,
+        window=17,
+        budget=budget,
+        heads=1 if shared else 2,
+        documents=documents,
+    )
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("start", [5, 37, 99])
+def test_last_single_queries_only(start):
+    whole = make_selection(100, (16, 1), window=17, budget=70, documents=True)
+    blocks = whole.blocks_BHQN[:, :, start:]
+    part = type(whole)(whole.spec, blocks, 100 - start, 100, start, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, start:], k, v, bias[:, :, start:]))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
+def test_single_queries_with_grouped_heads(heads, kv_heads, dtype):
+    selection = make_selection(130, (32, 1), window=17, budget=100)
+    check(selection, inputs(selection, heads, kv_heads, width=32), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -152,7 +188,11 @@ def test_operators_are_registered_truthfully():
 def test_refusals():
     from gsa_kernels.sparse_attention.api import sparse_attention
 
-    for granularity, word in (((5, 16), "key blocks"), ((16, 8), "query tiles")):
+    for granularity, word in (
+        ((5, 16), "key blocks"),
+        ((16, 8), "query tiles"),
+        ((1, 1), "per query"),
+    ):
         selection = on_device(make_selection(40, granularity))
         q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))
         with pytest.raises(ValueError, match=word):

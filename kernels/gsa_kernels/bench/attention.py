@@ -88,8 +88,11 @@ def make_case(args: argparse.Namespace, tokens: int, kv_heads: int, tile: int) -
         return torch.rand(*shape, device=device, generator=g).to(dtype).requires_grad_()
 
     heads, width = args.heads, args.head_dim
+    index_q = draw(1, tokens, INDEX_HEADS, INDEX_WIDTH)
+    if args.inputs == "smooth":
+        index_q = _smooth(index_q.detach(), args.memory).requires_grad_()
     factors = IndexFactors(
-        draw(1, tokens, INDEX_HEADS, INDEX_WIDTH),
+        index_q,
         draw(1, tokens, INDEX_WIDTH),
         torch.rand(1, tokens, INDEX_HEADS, device=device, generator=g).to(dtype),
         torch.zeros(INDEX_HEADS, device=device, dtype=dtype),
@@ -106,6 +109,15 @@ def make_case(args: argparse.Namespace, tokens: int, kv_heads: int, tile: int) -
         args.k,
         args.impl,
     )
+
+
+def _smooth(x_BTJI: Tensor, memory: int) -> Tensor:
+    """Index queries that change slowly, as those of text do: means over `memory` positions, scaled
+    back to unit variance. Neighbours then choose nearly the same keys."""
+    padded = F.pad(x_BTJI.float(), (0, 0, 0, 0, memory - 1, 0))
+    total = padded.cumsum(1)
+    total = total[:, memory - 1 :] - F.pad(total, (0, 0, 0, 0, 1, 0))[:, : x_BTJI.shape[1]]
+    return (total / memory**0.5).to(x_BTJI.dtype)
 
 
 def dense_times(case: Case, backward: bool, names: list[str]) -> dict[str, float]:
@@ -175,7 +187,9 @@ def bound_ms(case: Case, keys: float, passes: int, flops: float, bandwidth: floa
     return max(operations / flops, moved * (passes / 2) / bandwidth) * 1e3
 
 
-def records(args: argparse.Namespace, tokens: int, kv_heads: int, tile: int) -> list[dict]:  # type: ignore[type-arg]
+def records(
+    args: argparse.Namespace, tokens: int, kv_heads: int, tile: int
+) -> list[dict[str, Any]]:
     case = make_case(args, tokens, kv_heads, tile)
     device = case.q.device
     selection = case.choose()
@@ -193,7 +207,7 @@ def records(args: argparse.Namespace, tokens: int, kv_heads: int, tile: int) -> 
         "k": args.k,
         "keys_attended": keys,
         "dtype": args.dtype,
-        "inputs": "random",
+        "inputs": args.inputs,
         "impl": args.impl,
     }
     v = case.v * case.value_gate
@@ -266,14 +280,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--kv-heads", type=int, nargs="+", default=[4] if cuda else [2])
     p.add_argument("--head-dim", type=int, default=128 if cuda else 32)
     p.add_argument("--k", type=int, default=2048)
-    p.add_argument("--mode", default="tile", choices=["tile"])
+    p.add_argument("--mode", default="tile", choices=["tile", "block"])
+    p.add_argument(
+        "--inputs",
+        default="random",
+        choices=["random", "smooth"],
+        help="index queries: independent (the worst case), or slowly changing",
+    )
+    p.add_argument("--memory", type=int, default=256, help="positions a smooth query remembers")
     p.add_argument("--key-block", type=int, default=64)
     p.add_argument("--tiles", type=int, nargs="+", default=[64])
     p.add_argument("--impl", default="auto", choices=["auto", "triton", "eager"])
     p.add_argument("--dense", nargs="+", default=["cudnn", "flash"] if cuda else ["cpu"])
     p.add_argument("--peak-flops", type=float, default=750e12 if cuda else 2e11)
     p.add_argument("--peak-bytes-s", type=float, default=4.2e12 if cuda else 2e10)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.mode == "block":
+        args.tiles = [1]
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

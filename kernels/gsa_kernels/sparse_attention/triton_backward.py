@@ -59,9 +59,10 @@ def dq_kernel(
     dk_ptr,  # float32 [B, S, K, E], only where ATOMIC
     dv_ptr,
     list_ptr,
+    bits_ptr,
     count_ptr,
     bias_ptr,
-    dbias_ptr,  # [B, K, Q, PARTS, N] float32
+    dbias_ptr,  # [B, K, Q, PARTS, N] float32; UNION: [B, H, T, OWN]
     docs_ptr,
     sink_ptr,
     T,
@@ -70,6 +71,7 @@ def dq_kernel(
     first_tile,
     n_tiles,
     N,
+    OWN,
     sink_stride,
     scale,
     scale_log2,
@@ -83,6 +85,7 @@ def dq_kernel(
     WINDOW: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    UNION: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -109,7 +112,8 @@ def dq_kernel(
     start = position * 0
     if HAS_DOCS:
         start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
-    local = first_local(tile * R, C, R, WINDOW)
+    A: tl.constexpr = 1 if UNION else R
+    local = first_local(tile * R, C, A, WINDOW)
     stop = tl.minimum(tile * R + R, q_start + T)
     base = (b.to(tl.int64) * S * K + kv_head) * E
     k_base, v_base = k_ptr + base, v_ptr + base
@@ -120,6 +124,8 @@ def dq_kernel(
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
+    own = tl.zeros([BM], tl.int32)
+    own_line = (b.to(tl.int64) * HS + hs) * T + t
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
         n_ok = n < n_keys
@@ -143,17 +149,29 @@ def dq_kernel(
         keep = n_ok[None, :]
         if HAS_DOCS:
             keep = keep & (key[None, :] >= start[:, None])
+        if UNION:
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
+            keep = keep & (bit == 1)[:, None]
         extra = 0.0
         if HAS_BIAS:
-            if C % BN == 0:
+            if UNION:
+                chose = row_ok & (bit == 1)
+                extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
+                extra = extra[:, None] * 1.4426950408889634
+            elif C % BN == 0:
                 extra = tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
             else:
                 at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 extra = at[None, :] * 1.4426950408889634
         p, ds = softmax_backward(
-            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or C % BN != 0
+            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
         )
-        if HAS_BIAS:
+        if UNION:
+            if HAS_BIAS:
+                at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
+                tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bit == 1))
+            own += bit
+        elif HAS_BIAS:
             into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
             if C >= BN:
                 into += low // C
@@ -180,7 +198,8 @@ def dq_kernel(
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
         sink_low = tl.load(sink)
-        sink_high = tl.minimum(tl.load(sink + 1), local)
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sink_high = tl.minimum(tl.load(sink + 1), reach)
         for low in tl.range(sink_low, sink_high, BN, num_stages=1):
             key = low + offs_n
             key_ok = key < sink_high
@@ -188,6 +207,8 @@ def dq_kernel(
             k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
             v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
             keep = key_ok[None, :] & (key[None, :] >= start[:, None])
+            if UNION:
+                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
             p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
             ds16 = ds.to(k.dtype)
             dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
@@ -206,6 +227,8 @@ def dq_kernel(
         k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+        if UNION:
+            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
         p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
         ds16 = ds.to(k.dtype)
         dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
@@ -235,7 +258,10 @@ def dkv_rows(
     LOCAL: the queries attend the block through their window, up to the diagonal.
     """
     m = tl.arange(0, BM)
-    if R % BM == 0:
+    if R == 1:  # tile: BM numbers; a row that is nobody's has a negative one
+        head = kv_head * G + m % G
+        at_row = tile
+    elif R % BM == 0:
         position = tile * R + step // G * BM
         head = kv_head * G + step % G
         at_row = position + m
@@ -313,7 +339,9 @@ def dkv_kernel(
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
-    STEPS: tl.constexpr = R * G // BM
+    # Steps of a tile, or (R = 1) queries of a step.
+    STEPS: tl.constexpr = R * G // BM if R > 1 else 1
+    EACH: tl.constexpr = 1 if R > 1 else BM // G
     b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
     hs = kv_head if HS > 1 else 0
     group = b * HS + hs
@@ -331,16 +359,27 @@ def dkv_kernel(
         dk = tl.zeros([C, BE], tl.float32)
         dv = tl.zeros([C, BE], tl.float32)
         list_base = group.to(tl.int64) * n_entries
-        for step in tl.range(0, (last - first) * STEPS, num_stages=STAGES):
-            place = list_base + first + step // STEPS
-            tile = first_tile + tl.load(tile_ptr + place)
+        m = tl.arange(0, BM)
+        for step in tl.range(0, tl.cdiv(last - first, EACH) * STEPS, num_stages=STAGES):
+            if R == 1:
+                place = first + step * EACH + m // G
+                there = (place < last) & (m < EACH * G)
+                place += list_base
+                tile = tl.load(tile_ptr + place, mask=there, other=0)
+                tile = tl.where(there, first_tile + tile, -1)
+            else:
+                place = list_base + first + step // STEPS
+                there = place >= 0
+                tile = first_tile + tl.load(tile_ptr + place)
             extra = 0.0
             if HAS_BIAS:
-                slot = tl.load(slot_ptr + place)
+                slot = tl.load(slot_ptr + place, mask=there, other=-1)
                 extra = tl.load(
                     bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
                 )
                 extra = extra * 1.4426950408889634
+                if R == 1:
+                    extra = extra[None, :]
             dk, dv = dkv_rows(
                 dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
@@ -350,10 +389,15 @@ def dkv_kernel(
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
-            for step in tl.range(0, (high - low) * STEPS, num_stages=1):
+            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=1):
+                if R == 1:
+                    tile = low + step * EACH + m // G
+                    tile = tl.where((tile < high) & (m < EACH * G), tile, -1)
+                else:
+                    tile = low + step // STEPS
                 dk, dv = dkv_rows(
                     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
-                    docs_ptr, 0.0, b, kv_head, low + step // STEPS, step % STEPS, q_start, T, S,
+                    docs_ptr, 0.0, b, kv_head, tile, step % STEPS, q_start, T, S,
                     scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
                 )  # fmt: skip
         dk *= scale

@@ -35,8 +35,14 @@ def _keys(wanted: int, block: int) -> int:
     return max(16, min(wanted, block) if block >= wanted else wanted)
 
 
-def forward(rows: int, block: int, width: int, itemsize: int, device: torch.device) -> Launch:
-    """rows: R G of a tile; block: C; width: E."""
+def forward(
+    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
+) -> Launch:
+    """rows: R G of a tile; block: C; width: E. A united list is walked block by block."""
+    if united:
+        big = itemsize > 2 or width > 128
+        bm = _rows(32 if big else 64, rows)
+        return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
     if not has_tma(device):
@@ -47,8 +53,12 @@ def forward(rows: int, block: int, width: int, itemsize: int, device: torch.devi
 
 
 def query_gradient(
-    rows: int, block: int, width: int, itemsize: int, device: torch.device
+    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
 ) -> Launch:
+    if united:
+        big = itemsize > 2 or width > 128
+        bm = _rows(32 if big else 64, rows)
+        return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
     if not has_tma(device):
@@ -59,14 +69,15 @@ def query_gradient(
 def key_gradient(
     tile: int, group: int, block: int, width: int, itemsize: int, device: torch.device
 ) -> Launch:
-    """rows: a divisor of R G, and of R where a step is one box. keys: C, which a program owns."""
+    """rows: a divisor of R G, and of R where a step is one box; any where R is 1. keys: C, which
+    a program owns."""
     wanted = 64
     if itemsize > 2 or width > 128:
         wanted = 16 if itemsize > 2 else 32
     elif not has_tma(device):
         wanted = 32
     rows = wanted
-    while tile * group % rows:
+    while tile > 1 and tile * group % rows:
         rows //= 2
     assert rows >= 16, "query tiles are multiples of 16"
     if itemsize > 2 or width > 128:

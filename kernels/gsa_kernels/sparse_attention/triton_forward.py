@@ -5,6 +5,10 @@ with an online softmax: the sinks (a range), the selected blocks (a list) and th
 range that ends at the diagonal). Only ranges need masks, so the loop over the list has none. All
 tiles of one key-value head run before those of the next: its keys and values then stay in the L2.
 
+Where each query chooses alone (UNION; R = 1) a program takes R neighbouring queries, the list is
+the union of their choices, and a bit per query says who chose what. A query's own list is ascending
+as the union is, so counting its bits gives its place there.
+
 Legend: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, E head width,
 Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys per step.
 """
@@ -74,9 +78,11 @@ def forward_kernel(
     out_ptr,
     lse_ptr,  # [B, H, T] float32, natural log
     list_ptr,  # [B, HS, Q, N] int32
+    bits_ptr,  # [B, HS, Q, N] int32, only where UNION
     count_ptr,  # [B, HS, Q] int32
-    bias_ptr,  # [B, HS, Q, N] float32, natural log
-    slot_lse_ptr,  # [B, K, Q, PARTS, N SUB, BM] float32: log2 of a block's sum of exponentials
+    bias_ptr,  # [B, HS, Q, N] float32, natural log; UNION: [B, HS, T, OWN]
+    slot_lse_ptr,  # [B, K, Q, PARTS, N SUB, BM] float32: log2 of a block's sum of exponentials;
+    # UNION: [B, H, T, OWN]
     docs_ptr,  # [B, S] int32: first position of each position's document
     sink_ptr,  # [B or 1, Q, 2] int32: sink range of each tile
     T,
@@ -85,6 +91,7 @@ def forward_kernel(
     first_tile,
     n_tiles,
     N,
+    OWN,
     sink_stride,
     scale_log2,
     H: tl.constexpr,
@@ -97,6 +104,7 @@ def forward_kernel(
     WINDOW: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    UNION: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -122,7 +130,9 @@ def forward_kernel(
     start = position * 0
     if HAS_DOCS:
         start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
-    local = first_local(tile * R, C, R, WINDOW)
+    # R queries per program; A of them share a choice and so an anchor.
+    A: tl.constexpr = 1 if UNION else R
+    local = first_local(tile * R, C, A, WINDOW)
     stop = tl.minimum(tile * R + R, q_start + T)
     base = (b.to(tl.int64) * S * K + kv_head) * E
     k_base, v_base = k_ptr + base, v_ptr + base
@@ -137,6 +147,8 @@ def forward_kernel(
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
+    own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
+    own_line = (b.to(tl.int64) * HS + hs) * T + t
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
         n_ok = n < n_keys
@@ -158,18 +170,31 @@ def forward_kernel(
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
         s = logits_of(q, k, scale_log2)
+        if UNION:
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
         if HAS_BIAS:
-            if C % BN == 0:
+            if UNION:
+                chose = row_ok & (bit == 1)
+                bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
+                s += bias[:, None] * 1.4426950408889634
+            elif C % BN == 0:
                 s += tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
             else:
                 bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 s += bias[None, :] * 1.4426950408889634
         if HAS_DOCS:
             s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
-        if C % BN != 0:
+        if UNION:
+            s = tl.where((bit == 1)[:, None], s, float("-inf"))
+        elif C % BN != 0:
             s = tl.where(n_ok[None, :], s, float("-inf"))
         acc, m, norm, p, top = accumulate(acc, m, norm, s, v)
-        if HAS_MASS:
+        if UNION:
+            if HAS_MASS:
+                at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
+                tl.store(at, tl.log2(tl.sum(p, 1)) + top, mask=row_ok & (bit == 1))
+            own += bit
+        elif HAS_MASS:
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1
             if slots == 1:
@@ -184,7 +209,9 @@ def forward_kernel(
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
         sink_low = tl.load(sink)
-        sink_high = tl.minimum(tl.load(sink + 1), local)
+        # A later row of a union may have a sink before its window that the first has inside.
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sink_high = tl.minimum(tl.load(sink + 1), reach)
         for low in tl.range(sink_low, sink_high, BN, num_stages=1):
             key = low + offs_n
             key_ok = key < sink_high
@@ -195,6 +222,8 @@ def forward_kernel(
             keep = key_ok[None, :]
             if HAS_DOCS:
                 keep = keep & (key[None, :] >= start[:, None])
+            if UNION:
+                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
             s = tl.where(keep, s, float("-inf"))
             acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
@@ -205,6 +234,8 @@ def forward_kernel(
         v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
         s = logits_of(q, k, scale_log2)
         keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+        if UNION:
+            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
         s = tl.where(keep, s, float("-inf"))
         acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
@@ -261,3 +292,36 @@ def mass_kernel(
     high = tl.minimum((first_tile + i) * R + R, q_start + T)
     mean = total / ((high - low) * (H // HS))
     tl.store(mass_ptr + entry * N + slot, tl.where(slot < count, mean, 0.0), mask=slot < N)
+
+
+@triton.jit
+def own_mass_kernel(
+    slot_lse_ptr,  # [B, H, T, OWN]
+    lse_ptr,  # [B, H, T]
+    mass_ptr,  # [B, HS, T, OWN]
+    count_ptr,  # [B, HS, T]
+    T,
+    OWN,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The same where each query has its own list."""
+    heads: tl.constexpr = H // HS
+    b, hs = tl.program_id(1) // HS, tl.program_id(1) % HS
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    slot = tl.program_id(2) * BN + tl.arange(0, BN)
+    line = (b.to(tl.int64) * HS + hs) * T + t
+    count = tl.load(count_ptr + line, mask=t < T, other=0)
+    keep = slot[None, :] < count[:, None]
+    total = tl.zeros([BT, BN], tl.float32)
+    for head in range(hs * heads, hs * heads + heads):
+        row = (b.to(tl.int64) * H + head) * T + t
+        lse = tl.load(lse_ptr + row, mask=t < T, other=float("inf")) * 1.4426950408889634
+        s = tl.load(
+            slot_lse_ptr + row[:, None] * OWN + slot[None, :], mask=keep, other=float("-inf")
+        )
+        total += tl.exp2(s - lse[:, None])
+    at = mass_ptr + line[:, None] * OWN + slot[None, :]
+    tl.store(at, tl.where(keep, total / heads, 0.0), mask=(t < T)[:, None] & (slot < OWN)[None, :])
