@@ -6,7 +6,7 @@ range that ends at the diagonal). Only ranges need masks, so the loop over the l
 tiles of one key-value head run before those of the next: its keys and values then stay in the L2.
 
 Where each query chooses alone (UNION; R = 1) a program takes R neighbouring queries, the list is
-the union of their choices, and a bit per query says who chose what. A query's own list is ascending
+the union of their choices, and a bit per query says who chose what. A query's list is ascending
 as the union is, so counting its bits gives its place there.
 
 Legend: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, E head width,
