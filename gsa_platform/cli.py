@@ -200,20 +200,20 @@ class _Jobs:
             return float("nan")
 
     def _launch(self, cfg: DictConfig, overrides: list[str], number: int) -> Any:
-        from gsa_platform import launch
+        from gsa_platform import launch, sweep
 
         if not self.sweep:
             return launch.launch(cfg)
         if self.folder is None:
-            self.folder = launch.new_sweep_folder(cfg)
-        context = launch.SweepContext(self.folder, number, tuple(overrides))
+            self.folder = sweep.new_sweep_folder(cfg)
+        context = sweep.SweepContext(self.folder, number, tuple(overrides))
         return launch.launch(cfg, context)
 
     def close(self, error: BaseException | None) -> None:
         """Give the sweep's own run its status."""
         if self.folder is None:
             return
-        from gsa_platform.launch import finish_sweep
+        from gsa_platform.sweep import finish_sweep
 
         stopped = isinstance(error, KeyboardInterrupt) or (
             isinstance(error, SystemExit) and _exit_code(error) in (130, 143)

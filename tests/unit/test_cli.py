@@ -10,6 +10,7 @@ import pytest
 
 from gsa_platform import cli as cli_module
 from gsa_platform import launch as launch_module
+from gsa_platform import sweep as sweep_module
 
 BROKEN = "raise ImportError('no libacme here')\n"
 
@@ -145,8 +146,8 @@ def jobs(monkeypatch, tmp_path):
     ended = types.SimpleNamespace(status=None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch_module, "launch", launch)
-    monkeypatch.setattr(launch_module, "new_sweep_folder", lambda cfg: tmp_path / "sweep")
-    monkeypatch.setattr(launch_module, "finish_sweep", lambda f, s: setattr(ended, "status", s))
+    monkeypatch.setattr(sweep_module, "new_sweep_folder", lambda cfg: tmp_path / "sweep")
+    monkeypatch.setattr(sweep_module, "finish_sweep", lambda f, s: setattr(ended, "status", s))
     return types.SimpleNamespace(calls=calls, ended=ended, folder=tmp_path)
 
 
