@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gsa_platform import config, hardware, registry
+from gsa_platform.components import DEPENDENT, SLOTS
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.explain import explain
 
@@ -178,7 +179,7 @@ def _parse_preset(text: str, chosen: str) -> Override:
 def _fits(cfg: DictConfig, key: str) -> bool:
     """A preset's ``sparsity.k=...`` does not apply once another component has the slot."""
     slot, _, name = key.partition(".")
-    return slot not in registry.SLOTS or not name or name.partition(".")[0] in cfg[slot]
+    return slot not in SLOTS or not name or name.partition(".")[0] in cfg[slot]
 
 
 def _resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
@@ -195,7 +196,7 @@ def _resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
         return
     emptied = []
     sparse = [n for n in found.names("attention") if _is_sparse(found, n)]
-    for slot in registry.DEPENDENT:
+    for slot in DEPENDENT:
         if cfg[slot].name == "none":
             continue
         explicit = sorted(k for k in typed_keys if k == slot or k.startswith(f"{slot}."))

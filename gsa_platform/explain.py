@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gsa_platform import registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, unknown
 
 _DETAILS = ("full_key:", "object_type=", "reference_type=", "To append to", "See http")
@@ -67,7 +68,7 @@ def _bad_choice(override: Override) -> str:
         if name in options:
             continue
         message = unknown(key, name, options)
-        if key in registry.SLOTS or key == "experiment":
+        if key in SLOTS or key == "experiment":
             message += registry.get().broken_text(name)
         return message
     return ""
@@ -94,7 +95,7 @@ def _bad_key(override: Override, base: DictConfig, groups: list[str]) -> str:
         if part not in node:
             if not where:
                 return unknown("setting", part, {*map(str, node), *groups})
-            if where in registry.SLOTS:
+            if where in SLOTS:
                 where = f"{where}={node.name}"
             return unknown(f"setting of {where}", part, map(str, node))
         node = None if node._is_missing() else node._get_node(part)
@@ -109,7 +110,7 @@ def _experiment_conflict(error: Exception) -> str:
     file, _, owner, key = found.groups()
     slot = key.partition(".")[0]
     message = f"'{file}' sets {key}, which {owner} does not have."
-    if slot in registry.SLOTS:
+    if slot in SLOTS:
         message += (
             f"\n  Leave {slot} as the file has it, or move its settings of {slot} to a preset "
             f"conf/{slot}/NAME.yaml that the file chooses by name."
