@@ -1,4 +1,4 @@
-"""The command line: train by default; ``check``, ``eval`` and ``plugins`` are commands."""
+"""The command line: train by default; the others are in COMMANDS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gsa_platform.terminal import exit_code, print_failure
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-COMMANDS = ("train", "check", "eval", "plugins", "help")
+COMMANDS = ("train", "check", "eval", "plugins", "runs", "help")
 PROGRAM = "gsa-platform"
 
 
@@ -60,6 +60,10 @@ def _dispatch(arguments: list[str]) -> int:
         from gsa_platform.plugin_commands import run
 
         return run(arguments)
+    if command == "runs":
+        from gsa_platform.run_commands import run as run_command
+
+        return run_command(arguments)
     if command == "eval":
         from gsa_platform import eval as evaluation
 

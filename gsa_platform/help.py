@@ -21,6 +21,8 @@ Commands
   eval checkpoint=PATH   evaluate a checkpoint
   plugins list           every component, where it comes from and whether it works here
   plugins show NAME      its settings with defaults, and an example
+  runs list              every run: status, start, validation loss, folder
+  runs doctor [--fix]    runs left open by a process that was killed; --fix closes them
   help                   this text
 
 Examples

@@ -64,7 +64,7 @@ def find_checkpoint(cfg: DictConfig, in_sweep: bool = False) -> Checkpoint | Non
     candidates = []
     for record in (Path(cfg.output_root) / str(cfg.name)).glob(f"*/{RUN_FILE}"):
         last = _last_checkpoint(record.parent)
-        if last is not None and not _in_use(record.parent):
+        if last is not None and not in_use(record.parent):
             candidates.append((last.stat().st_mtime, last, record))
     if not candidates:
         say(f"train.resume=auto: no checkpoint of {cfg.name} to go on from, starting anew")
@@ -144,7 +144,10 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a run folder."""
+    if not (folder / LOCK_FILE).exists():
+        return False  # asking must not create it
     try:
         with FileLock(str(folder / LOCK_FILE), timeout=0):
             return False

@@ -37,7 +37,7 @@ def sweep_run(cfg: DictConfig, folder: Path) -> str | None:
     with FileLock(str(folder / f"{SWEEP_FILE}.lock")):
         if (folder / SWEEP_FILE).exists():
             return str(read_json(folder / SWEEP_FILE)["run_id"])
-        run_id = create_sweep_run(cfg, folder.name)
+        run_id = create_sweep_run(cfg, folder)
         write_json(folder / SWEEP_FILE, {"run_id": run_id, "tracking_uri": cfg.tracking.uri})
         return run_id
 

@@ -73,7 +73,7 @@ def open_database(uri: str) -> Database:
     uri = normalise_uri(uri)
     if not uri.startswith(SQLITE):
         return Database(uri, None)
-    path = Path(uri[len(SQLITE) :].partition("?")[0])
+    path = _sqlite_path(uri)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,8 +81,18 @@ def open_database(uri: str) -> Database:
     # MLflow creates tables and runs migrations in the client's constructor with no lock of its
     # own, so two first users of one file break each other.
     with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-        _create_schema(uri)
+        _checked_client(uri)
     return Database(uri, path.parent / "mlflow-artifacts")
+
+
+def existing_store(uri: str) -> MlflowClient | None:
+    """A client of a store that is there already; None, and nothing created, if it is not.
+
+    Raises UserError for a schema of another MLflow version.
+    """
+    if uri.startswith(SQLITE) and not _sqlite_path(uri).is_file():
+        return None
+    return _checked_client(uri)
 
 
 def mlflow_client(uri: str) -> MlflowClient:
@@ -100,7 +110,12 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def _create_schema(uri: str) -> None:
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri[len(SQLITE) :].partition("?")[0])
+
+
+def _checked_client(uri: str) -> MlflowClient:
+    """Creates the schema of an empty database, which MLflow does in the client's constructor."""
     for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.WARNING)
     client = mlflow_client(uri)
@@ -115,3 +130,4 @@ def _create_schema(uri: str) -> None:
             f"tracking.uri={uri} was written by another MLflow version; back it up and run "
             f"`mlflow db upgrade {uri}`, or choose another tracking.uri"
         ) from error
+    return client
