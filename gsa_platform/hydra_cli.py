@@ -128,7 +128,7 @@ class _Jobs:
     def finish(self) -> int:
         """Print a sweep's summary and return the exit code."""
         if self.sweep and self.count:
-            where = f" in {self.folder}" if self.folder else ""
+            where = f" in {self.folder}" if self.folder and self.folder.exists() else ""
             print(f"sweep   {self.count - len(self.failed)} of {self.count} jobs finished{where}")
             for overrides, error in self.failed:
                 print(f"failed  {overrides}: {str(error).strip().partition(chr(10))[0]}")

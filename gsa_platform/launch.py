@@ -5,7 +5,6 @@ Imports no torch unless it trains inline, which it does for one device outside a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
 import shutil
@@ -18,19 +17,31 @@ from omegaconf import DictConfig, OmegaConf
 
 from gsa_platform.atomic import write_json
 from gsa_platform.errors import UserError
-from gsa_platform.processes import signals_ignored, terminate_on_sigterm, train_in_workers
+from gsa_platform.processes import (
+    signals_ignored,
+    terminate_on_sigterm,
+    train_in_workers,
+    try_in_process,
+)
 from gsa_platform.run_folder import (
     Checkpoint,
     find_checkpoint,
     job_folder,
     lock_folder,
     new_folder,
+    remove_empty,
     set_aside_previous,
     write_run_files,
 )
 from gsa_platform.sweep import SweepContext, sweep_run
 from gsa_platform.terminal import say
-from gsa_platform.tracking.database import SQLITE, Database, normalise_uri, open_database
+from gsa_platform.tracking.database import (
+    SQLITE,
+    Database,
+    normalise_uri,
+    open_database,
+    store_exists,
+)
 from gsa_platform.tracking.run import create_run, discard_run, finish_run, resume_run
 from gsa_platform.worker import LOG_FILE, RESULT_FILE, TARGET, Terminated, execute, save_error
 
@@ -48,9 +59,9 @@ def launch(
     plus status, run_dir, run_id (None without MLflow) and tracking_uri.
 
     `inline` None trains in this process if there is one device and no sweep. Every run is closed:
-    FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED. Raises UserError (a new run that logged nothing
-    is then removed), KeyboardInterrupt, Terminated (SystemExit 143), WorkerError, or, inline,
-    whatever the training raised.
+    FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED. Raises UserError (nothing is then left of a new
+    run that logged nothing), KeyboardInterrupt, Terminated (SystemExit 143), WorkerError, or,
+    inline, whatever the training raised.
     """
     cfg = _own_copy(cfg)
     devices = resolve_devices(cfg)
@@ -60,11 +71,12 @@ def launch(
     resumed = find_checkpoint(cfg, in_sweep=sweep is not None)
     cfg.train.resume = str(resumed.path) if resumed is not None else None
     with terminate_on_sigterm():
+        prepared = _refuse_early(cfg, inline) if target == TARGET else ()
         run = _open_run(cfg, sweep, resumed)
         try:
             say(f"run     {run.folder}")
             if inline:
-                result = execute(cfg, target)
+                result = execute(cfg, target, *prepared)
                 write_json(run.folder / RESULT_FILE, result)
             else:
                 result = train_in_workers(cfg, target, plain=devices == 1)
@@ -103,6 +115,21 @@ def resolve_devices(cfg: DictConfig) -> int:
     if count < 1:
         raise UserError(f"trainer.devices={asked}: choose a positive number, -1 or auto")
     return count
+
+
+def _refuse_early(cfg: DictConfig, inline: bool) -> tuple[Any, ...]:
+    """Raise the UserErrors of a training before its run exists; returns what was prepared.
+
+    Workers raise them in a run that is then discarded. A store that was made for that run would
+    stay, so that the first run of a store is tried in a process of its own.
+    """
+    if inline:
+        from gsa_platform.preflight import preflight
+
+        return (preflight(cfg),)
+    if cfg.tracking.name == "mlflow" and not store_exists(cfg.tracking.uri):
+        try_in_process(cfg)
+    return ()
 
 
 @dataclass
@@ -151,10 +178,7 @@ class _Run:
             if path.name == LOG_FILE and path.stat().st_size > 0:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # rmdir refuses folders that hold a log or other runs, which is what is wanted.
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-            self.folder.parent.rmdir()
+        remove_empty(self.folder)
 
 
 def _open_run(cfg: DictConfig, sweep: SweepContext | None, resumed: Checkpoint | None) -> _Run:

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gsa_platform.errors import UserError
 from gsa_platform.run_folder import CONFIG_FILE, read_json
 from gsa_platform.terminal import say
-from gsa_platform.worker import ERROR_FILE, LOG_FILE, RESULT_FILE, TARGET, Terminated
+from gsa_platform.worker import ERROR_FILE, EXIT_CODES, LOG_FILE, RESULT_FILE, TARGET, Terminated
 
 # What an outer torchrun leaves in the environment would make a worker join the wrong group.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE")
@@ -53,6 +53,19 @@ def train_in_workers(cfg: DictConfig, target: str, plain: bool) -> dict[str, Any
         # By torchrun, after another rank died without a word: not the cause.
         failure.unlink()
     raise WorkerError(_root_cause(error, code, folder / LOG_FILE))
+
+
+def try_in_process(cfg: DictConfig) -> None:
+    """Try what a training may refuse, in another process; raises its UserError."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gsa_platform.preflight"],
+        input=OmegaConf.to_yaml(cfg, resolve=True),
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    if done.returncode == EXIT_CODES["user"]:
+        raise UserError(done.stdout.strip())
 
 
 def worker_command(cfg: DictConfig, target: str = TARGET, plain: bool = False) -> list[str]:

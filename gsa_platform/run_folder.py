@@ -106,6 +106,13 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder, and the two above it, as far as they are empty."""
+    with contextlib.suppress(OSError):  # rmdir refuses folders that hold anything
+        for empty in (folder, folder.parent, folder.parent.parent):
+            empty.rmdir()
+
+
 def set_aside_previous(folder: Path) -> None:
     """Clear the outcome of an earlier attempt and keep its config as config.<n>.yaml."""
     for name in (RESULT_FILE, ERROR_FILE):

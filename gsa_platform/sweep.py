@@ -9,7 +9,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from gsa_platform.atomic import write_json
-from gsa_platform.run_folder import new_folder, read_json
+from gsa_platform.run_folder import new_folder, read_json, remove_empty
 from gsa_platform.tracking.run import create_sweep_run, finish_run
 
 SWEEP_FILE = "sweep.json"
@@ -43,7 +43,11 @@ def sweep_run(cfg: DictConfig, folder: Path) -> str | None:
 
 
 def finish_sweep(folder: Path, status: str) -> None:
-    """Close the run over a sweep's jobs with FINISHED, FAILED or KILLED, if there is one."""
+    """Close the run over a sweep's jobs with FINISHED, FAILED or KILLED, if there is one.
+
+    Without any job there is none, and the empty folder goes, with those above that it left empty.
+    """
     if (folder / SWEEP_FILE).exists():
         record = read_json(folder / SWEEP_FILE)
         finish_run(record["run_id"], status, record["tracking_uri"])
+    remove_empty(folder)

@@ -73,6 +73,7 @@ def open_database(uri: str) -> Database:
     uri = normalise_uri(uri)
     if not uri.startswith(SQLITE):
         return Database(uri, None)
+    _client_class(uri)  # refuses before anything is created
     path = _sqlite_path(uri)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +91,20 @@ def existing_store(uri: str) -> MlflowClient | None:
 
     Raises UserError for a schema of another MLflow version.
     """
-    if uri.startswith(SQLITE) and not _sqlite_path(uri).is_file():
-        return None
-    return _checked_client(uri)
+    return _checked_client(uri) if store_exists(uri) else None
+
+
+def store_exists(uri: str) -> bool:
+    """Whether a store is there already; a server always is."""
+    return not uri.startswith(SQLITE) or _sqlite_path(uri).is_file()
 
 
 def mlflow_client(uri: str) -> MlflowClient:
     """An MlflowClient for `uri`; raises UserError, naming `tracking=none`, without MLflow."""
+    return _client_class(uri)(uri)
+
+
+def _client_class(uri: str) -> type[MlflowClient]:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         if not uri.startswith(("http://", "https://")):
@@ -107,7 +115,7 @@ def mlflow_client(uri: str) -> MlflowClient:
             f"tracking=mlflow needs the full mlflow package ({error}); install `mlflow` "
             "(mlflow-skinny has no database) or choose tracking=none"
         ) from error
-    return MlflowClient(uri)
+    return MlflowClient
 
 
 def _sqlite_path(uri: str) -> Path:

@@ -106,7 +106,8 @@ def test_missing_sqlalchemy_names_tracking_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     with pytest.raises(UserError, match="tracking=none"):
-        open_database(f"sqlite:///{tmp_path}/mlflow.db")
+        open_database(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tracking_import_loads_neither_mlflow_nor_torch() -> None:
