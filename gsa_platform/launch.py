@@ -86,16 +86,13 @@ def launch(
             raise
         with signals_ignored():
             run.close("FINISHED")
-    result = {
+    return {
         **result,
         "status": "FINISHED",
         "run_dir": str(run.folder),
         "run_id": run.run_id,
         "tracking_uri": cfg.tracking.uri if run.run_id else None,
     }
-    if run.run_id and sweep is None:
-        say(f"compare mlflow ui --backend-store-uri {shlex.quote(cfg.tracking.uri)}")
-    return result
 
 
 def resolve_devices(cfg: DictConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gsa_platform.module import LanguageModel
 from gsa_platform.preflight import check_checkpoint, describe_attention
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
-from gsa_platform.report.summary import render_summary
+from gsa_platform.report.summary import WIDTH, render_summary
 from gsa_platform.tracking import build_loggers
 
 
@@ -28,7 +29,6 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     `data` is prepared data, if the caller has it. Runs in every worker; only rank 0 logs and
     prints. Raises UserError before the first step for data or settings that cannot work.
     """
-    began = time.perf_counter()
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.train.deterministic:
@@ -36,6 +36,7 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     if data is None:
         data = TextDataModule(cfg)
         data.prepare_data()
+    began = time.perf_counter()  # whether the text was tokenised before says nothing of the run
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
     if cfg.train.resume is not None:
@@ -64,7 +65,8 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
         )
         logger.finalize("success")
     if trainer.is_global_zero:
-        say("\n" + render_summary(result["summary"]))
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns
+        say("\n" + render_summary(result["summary"], columns))
     return result
 
 

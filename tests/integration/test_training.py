@@ -77,9 +77,9 @@ def smoke(gsa: Gsa, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 def test_smoke_leaves_a_finished_run(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     (run,) = run_folders(folder)
-    words = " ".join(output.replace("|", " ").split())  # a long path wraps inside the box
     assert "| Learning" in output
-    assert "mlflow ui --backend-store-uri sqlite:///" in words
+    command = f"mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db"
+    assert command in output.splitlines()  # whole, on a line of its own
     files = ("config.yaml", "result.json", "metrics.jsonl", "checkpoints/last.ckpt")
     assert all((run / name).stat().st_size > 0 for name in files)
     assert [path.name for path in folder.iterdir()] == ["runs"]
