@@ -44,8 +44,6 @@ def with_hydra(arguments: list[str]) -> int:
     """Hand the command to Hydra: sweeps, ``--info``, shell completion and its other flags."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from gsa_platform import compose
 
@@ -60,16 +58,27 @@ def with_hydra(arguments: list[str]) -> int:
     try:
         with _hydra_surroundings(arguments, jobs.sweep):
             entry()
-    except (HydraException, OmegaConfBaseException) as error:
+    except compose.ERRORS as error:
         from gsa_platform.explain import explain
 
         GlobalHydra.instance().clear()
-        with compose.hydra_context():
-            raise explain(error, [o for o in overrides if "=" in o]) from error
+        with compose.hydra_context(_config_folders(arguments)):
+            raise explain(error, [o for o in overrides if "=" in o], jobs.sweep) from error
     finally:
         jobs.close(sys.exc_info()[1])
         GlobalHydra.instance().clear()
     return jobs.finish()
+
+
+def _config_folders(arguments: list[str]) -> list[str]:
+    for flag, value in zip(arguments, [*arguments[1:], ""]):
+        name, equals, joined = flag.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folder = os.path.abspath(joined if equals else value)
+            if not os.path.isdir(folder):
+                raise UserError(f"{name}: there is no folder {folder}")
+            return [folder]
+    return []
 
 
 class _Jobs:

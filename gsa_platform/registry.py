@@ -66,12 +66,11 @@ class Registry(PluginLoader):
             return None
         if reason := entry.unavailable():
             raise UserError(f"{slot}={component.name} cannot run here: {reason}.")
+        schema = OmegaConf.structured(component.config)
         try:
-            config = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(component.config), node)
-            )
+            config = OmegaConf.to_object(OmegaConf.merge(schema, node))
         except OmegaConfBaseException as error:
-            raise UserError(f"{slot}={component.name}: {error}") from error
+            raise UserError(_misfits(f"{slot}={component.name}", schema, node)) from error
         module_name, _, attribute = component.target.partition(":")
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
@@ -86,6 +85,17 @@ class Registry(PluginLoader):
             raise
         except ValueError as error:  # a setting that the component refuses
             raise UserError(f"{slot}={component.name}: {error}") from error
+
+
+def _misfits(chosen: str, schema: Any, node: Any) -> str:
+    from gsa_platform.kinds import as_typed, misfit
+
+    for key, value in node.items():
+        if key not in schema:
+            return unknown(f"setting of {chosen}", key, map(str, schema))
+        if text := misfit(schema, key, value):
+            return f"{chosen}, {key}={as_typed(value)}: {text}."
+    return f"{chosen}: its settings do not fit"
 
 
 _REGISTRY: Registry | None = None
