@@ -7,7 +7,6 @@ tries it in a process of its own. Exit codes: 0 ok, 2 refused, with the message 
 
 from __future__ import annotations
 
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from gsa_platform import registry
+from gsa_platform.checkpoint import check_checkpoint
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
@@ -42,28 +42,6 @@ def preflight(cfg: Any) -> TextDataModule | None:
     except Exception:
         return None
     return data
-
-
-def check_checkpoint(model: Transformer, path: Path) -> None:
-    """Raise UserError if a checkpoint file cannot be read or holds weights of another model."""
-    if path.is_dir():
-        return  # sharded
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise UserError(
-            f"train.resume={path} is not a checkpoint of this platform. Type the path of a .ckpt "
-            "file or of a run folder, or train.resume=auto."
-        ) from error
-    own = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    for name in sorted(saved.keys() | own.keys()):
-        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (saved, own))
-        if old != new:
-            raise UserError(
-                f"train.resume={path} holds another model: {name} is {old} there and {new} here. "
-                "Type the model and component settings of its config.yaml, or leave out "
-                "train.resume."
-            )
 
 
 def describe_attention(model: Transformer, cfg: Any, device_type: str) -> list[str]:

@@ -23,6 +23,7 @@ from gsa_platform.worker import ERROR_FILE, RESULT_FILE
 
 CONFIG_FILE, RUN_FILE, LOCK_FILE = "config.yaml", "run.json", ".lock"
 LAST_CHECKPOINT = "last*.ckpt"
+SHARDED_MARK = ".metadata"  # in the folder of a sharded checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def find_checkpoint(cfg: DictConfig, in_sweep: bool = False) -> Checkpoint | Non
             raise UserError(
                 f"train.resume={asked}: no such file; give a checkpoint, a run folder or auto"
             )
-        # A sharded checkpoint is a folder too.
-        if path.is_dir() and (path / RUN_FILE).exists():
+        if path.is_dir() and not (path / SHARDED_MARK).exists():
+            if not (path / RUN_FILE).exists():
+                raise UserError(f"train.resume={asked} is a folder, but not that of a run")
             last = _last_checkpoint(path)
             if last is None:
                 raise UserError(f"train.resume={asked}: the run has no {LAST_CHECKPOINT}")

@@ -12,11 +12,12 @@ import torch
 from omegaconf import DictConfig
 
 from gsa_platform import registry
+from gsa_platform.checkpoint import check_checkpoint
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
 from gsa_platform.module import LanguageModel
-from gsa_platform.preflight import check_checkpoint, describe_attention
+from gsa_platform.preflight import describe_attention
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
 from gsa_platform.report.summary import WIDTH, render_summary
