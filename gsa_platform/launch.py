@@ -43,7 +43,15 @@ from gsa_platform.tracking.database import (
     store_exists,
 )
 from gsa_platform.tracking.run import create_run, discard_run, finish_run, resume_run
-from gsa_platform.worker import LOG_FILE, RESULT_FILE, TARGET, Terminated, execute, save_error
+from gsa_platform.worker import (
+    ERROR_FILE,
+    LOG_FILE,
+    RESULT_FILE,
+    TARGET,
+    Terminated,
+    execute,
+    save_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +148,10 @@ class _Run:
 
     def close_after(self, error: BaseException) -> None:
         """Close the run the way `error` ended it; remove it if it never got to train."""
-        save_error(self.folder, error)
+        try:
+            save_error(self.folder, error)
+        except OSError as failure:  # a full disk must not leave the run open
+            log.warning("could not write %s: %s", self.folder / ERROR_FILE, failure)
         if isinstance(error, UserError) and not self.resumed and self._untrained():
             self._discard()
         elif isinstance(error, UserError) and self.resumed:

@@ -82,7 +82,15 @@ def open_database(uri: str) -> Database:
     # MLflow creates tables and runs migrations in the client's constructor with no lock of its
     # own, so two first users of one file break each other.
     with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-        _checked_client(uri)
+        fresh = not path.exists()
+        try:
+            _checked_client(uri)
+        except BaseException as error:
+            if fresh:
+                path.unlink(missing_ok=True)  # half a schema would break every later run
+            if "disk is full" in str(error):
+                raise UserError(f"tracking.uri={uri}: no space left for the database") from error
+            raise
     return Database(uri, path.parent / "mlflow-artifacts")
 
 
