@@ -45,6 +45,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"{PROGRAM} {__version__}")
         return 0
+    if {"--shell-completion", "-sc"} & set(arguments) and arguments[-1].endswith("=bash"):
+        from gsa_platform import completion
+
+        return completion.run(arguments)
     command = "train"
     if arguments and "=" not in arguments[0] and arguments[0][:1] not in "-+~":
         command = arguments.pop(0)

@@ -40,8 +40,10 @@ Flags of Hydra
   -m, --multirun         one run per combination of comma-separated values
   --cfg job              show the resolved configuration
   --info                 how the configuration was composed
-  --shell-completion     eval "$(gsa-platform --shell-completion install=bash)"
   --hydra-help           the rest
+
+Completion in bash
+  eval "$(gsa-platform --shell-completion install=bash)"
 
 Environment
   GSA_PLUGIN_PATH        one-off plugin files (as plugins_path=./file.py)

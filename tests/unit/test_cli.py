@@ -124,11 +124,6 @@ def test_third_party_component_and_its_yaml(cli, plugin):
         assert part in shown
 
 
-def test_completion_offers_choices(cli):
-    done = cli("--shell-completion", "query=bash", COMP_LINE="gsa-platform model=")
-    assert "python -m" in done.stderr or "model=nano" in done.stdout
-
-
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):
     """Replace the launcher; returns the (seed, sweep) pairs it was called with."""
