@@ -15,14 +15,14 @@ def gsa_register_attention() -> list[Component]:
     return [
         Component(
             "dense",
-            "gsa_plugins.dense:DenseAttention",
+            "gsa_plugins.attention.dense:DenseAttention",
             c.DenseAttentionConfig,
             "Causal softmax attention over every key (PyTorch SDPA)",
             Capabilities(),
         ),
         Component(
             "gsa",
-            "gsa_plugins.gsa:GatedSparseAttention",
+            "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile")),
