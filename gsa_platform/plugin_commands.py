@@ -10,6 +10,7 @@ from gsa_platform import registry
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.registry import DEPENDENT, SLOTS, Component, Entry, Plugin, Registry
 
+SELECTION_ONLY = ("mass", "bias")
 USAGE = "Usage: gsa-platform plugins list | gsa-platform plugins show NAME"
 
 
@@ -90,7 +91,9 @@ def _component_text(entry: Entry) -> str:
         f"  target        {component.target or '(nothing is built)'}",
     ]
     if component.target:
-        lines.append(f"  capabilities  {_capabilities(component)}")
+        lines.append(f"  capabilities  {_capabilities(component, slot)}")
+    for name, reason in component.capabilities.reasons.items():
+        lines.append(f"  {name:<13} {reason}")
     settings = [f for f in dataclasses.fields(component.config) if f.name != "name"]
     if settings:
         comments = field_comments(component.config)
@@ -107,15 +110,24 @@ def _component_text(entry: Entry) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _capabilities(component: Component) -> str:
+def _capabilities(component: Component, slot: str) -> str:
     parts = []
+    takes_selection = slot == "attention" and component.capabilities.modes
     for field in dataclasses.fields(component.capabilities):
         value = getattr(component.capabilities, field.name)
-        if isinstance(value, bool):
+        if field.name == "requires":
+            parts += [_requirement(slot, need, setting) for need, setting in value.items()]
+        elif field.name == "reasons" or (field.name in SELECTION_ONLY and not takes_selection):
+            continue
+        elif isinstance(value, bool):
             parts.append(field.name if value else f"no {field.name}")
         elif value:
             parts.append(f"{field.name} {'/'.join(map(str, value))}")
     return ", ".join(parts)
+
+
+def _requirement(slot: str, need: str, setting: str) -> str:
+    return f"needs an attention with {need}" + f" if {slot}.{setting}=true" * bool(setting)
 
 
 def _default(field: dataclasses.Field[object]) -> str:

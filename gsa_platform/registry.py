@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,12 @@ DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees e
 @dataclass(frozen=True)
 class Capabilities:
     """What a component can do. Empty ``head_dims`` means any; empty ``modes`` means that an
-    attention attends to every key and takes no Selection."""
+    attention attends to every key and takes no Selection.
+
+    ``mass`` and ``bias``, for attentions that take a Selection: it reports the attention on each
+    selected block, and adds a bias to the logits of each. ``requires`` names capabilities that
+    the attention beside this component must have, each with the setting that asks for it ("" for
+    always). ``reasons`` says why a capability is missing or narrow; refusals quote it."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -37,7 +42,11 @@ class Capabilities:
     decode: bool = True
     varlen: bool = True
     deterministic: bool = True
+    mass: bool = False
+    bias: bool = False
     needs: tuple[str, ...] = ()
+    requires: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def gsa_register_attention() -> list[Component]:
             "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
-            Capabilities(modes=("token", "block", "tile")),
+            Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
         ),
     ]
 
@@ -102,12 +102,14 @@ def gsa_register_objective() -> list[Component]:
             "gsa_plugins.objective:KlObjective",
             c.KlObjectiveConfig,
             "KL from the head-summed attention to the index distribution (DeepSeek-V3.2)",
+            Capabilities(requires={"mass": "selected"}),
         ),
         Component(
             "bias",
             "gsa_plugins.objective:BiasObjective",
             c.BiasObjectiveConfig,
             "beta * log(score) on the attention logits: the model's own loss trains the indexer",
+            Capabilities(requires={"bias": ""}),
         ),
     ]
 
