@@ -131,7 +131,7 @@ def render(
     parts = ", ".join(f"{k} {v:,}" for k, v in result["parameters_by_part"].items())
     lines = [
         f"model        {cfg.model.name}, context {cfg.context:,}",
-        *(f"             {line}" for line in model.describe("cpu")),
+        *(f"             {line}" for line in describe(cfg, model)),
         f"parameters   {result['parameters']:,} ({parts})",
         f"FLOPs/token  {sparse.training / 1e6:,.1f} M to train "
         f"(attention {mega(sparse.attention)}, indexer {mega(sparse.indexer)})",
@@ -145,6 +145,25 @@ def render(
         f"loss {memory.loss / gb:.2f}",
     ]
     return "\n".join(lines)
+
+
+def describe(cfg: Any, model: Any) -> list[str]:
+    """The implementations a run of this configuration would use, where this machine can tell.
+
+    Raises UserError for one that was asked for by name and cannot run.
+    """
+    import torch
+
+    from gsa_platform.capabilities import device_kind
+    from gsa_platform.errors import UserError
+
+    kind = device_kind(cfg)
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [f"attention={cfg.attention.name}: no CUDA device here to choose kernels for"]
+    try:
+        return list(model.describe(kind))
+    except ValueError as error:
+        raise UserError(f"attention={cfg.attention.name}: {error}") from error
 
 
 def step_tokens(cfg: Any) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass
 class DenseAttentionConfig:
     name: str = "dense"
-    backend: str = "auto"  # SDPA backend: auto, flash, efficient, cudnn or math
+    backend: str = "auto"  # auto, cudnn, flash, efficient, math (holds T x S) or fa3
 
 
 @dataclass

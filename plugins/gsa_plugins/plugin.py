@@ -6,6 +6,7 @@ from gsa_platform import Capabilities, Component, hookimpl
 from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
+from .attention import checks
 
 GSA_PLUGIN_API = (1, 0)
 
@@ -17,7 +18,7 @@ def gsa_register_attention() -> list[Component]:
             "dense",
             "gsa_plugins.attention.dense:DenseAttention",
             c.DenseAttentionConfig,
-            "Causal softmax attention over every key (PyTorch SDPA)",
+            "Causal softmax attention over every key (PyTorch SDPA, or FlashAttention-3)",
             Capabilities(),
         ),
         Component(
@@ -116,7 +117,7 @@ def gsa_register_objective() -> list[Component]:
 
 # Settings with a fixed set of values, by (slot, setting).
 CHOICES = {
-    ("attention", "backend"): ("auto", "flash", "efficient", "cudnn", "math"),
+    ("attention", "backend"): ("auto", "cudnn", "flash", "efficient", "math", "fa3"),
     ("attention", "selection_heads"): ("shared", "kv"),
     ("indexer", "scale"): ("rsqrt", "none"),
     ("indexer", "block_score"): ("mean", "max"),
@@ -137,6 +138,7 @@ def gsa_validate(config: Any) -> None:
                 f"{slot}.{key}={value} is not one of {', '.join(choices)}."
                 f"{suggest(str(value), choices)}"
             )
+    checks.refuse(config)
     attention, indexer, sparsity, objective = (
         config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
     )

@@ -1,10 +1,9 @@
-"""Dense causal attention through PyTorch's scaled_dot_product_attention."""
+"""Dense causal attention, with a choice of kernels."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gsa_kernels.attention_mass import probe
 from gsa_kernels.selection import SelectionSpec, tile_layout
@@ -12,25 +11,24 @@ from gsa_platform.contracts import Attention, AttentionOutput, LayerDims, Sequen
 
 from ..configs import DenseAttentionConfig
 from ..dense import PROBED_TILES, dense_attention, spread
+from . import sdpa, varlen
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 PROBED_ROWS = 64
 
 
 class DenseAttention(Attention):
-    """Every query attends every earlier key of its document. Memory is linear in T."""
+    """Every query attends every earlier key of its document. Memory is linear in T.
+
+    backend: auto (PyTorch chooses, `describe` says what), cudnn, flash, efficient, math (holds
+    T x S) or fa3. A backend asked for by name runs or is refused with ValueError.
+    """
 
     def __init__(self, config: DenseAttentionConfig, dims: LayerDims) -> None:
         super().__init__()
-        if config.backend != "auto" and config.backend not in BACKENDS:
-            choices = ", ".join(["auto", *BACKENDS])
+        if config.backend not in sdpa.BACKENDS:
+            choices = ", ".join(sdpa.BACKENDS)
             raise ValueError(f"attention.backend={config.backend!r} is not one of {choices}")
-        self.backend = config.backend
+        self.backend, self.dims = config.backend, dims
 
     def forward(
         self,
@@ -42,14 +40,20 @@ class DenseAttention(Attention):
         bias: Tensor | None = None,
         need_mass: bool = False,
     ) -> AttentionOutput:
-        with self._kernel():
-            return AttentionOutput(dense_attention(q_BTHE, k_BSKE, v_BSKE, seq))
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.backend == "auto" else sdpa_kernel(BACKENDS[self.backend])
+        return AttentionOutput(dense_attention(q_BTHE, k_BSKE, v_BSKE, seq, self.backend))
 
     def describe(self, device_type: str) -> str:
-        return f"dense: PyTorch SDPA, backend {self.backend}"
+        device = torch.device(device_type)
+        sdpa.refuse(self.backend, device)
+        if self.backend == "fa3":
+            return "dense: FlashAttention-3"
+        line = f"dense: PyTorch SDPA, backend {self.backend}"
+        if self.backend == "auto":
+            kinds = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+            took = [f"{sdpa.chosen(device, self.dims, d)} for {n}" for d, n in kinds.items()]
+            line += f" ({', '.join(took)})"
+        one = device.type == "cuda" and varlen.operator() and self.backend in ("auto", "flash")
+        return f"{line}; documents: {'one varlen call' if one else 'one call each'}"
 
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence
