@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -48,7 +49,7 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
             cfg.context // shared,
             block if pooled else 1,
         )
-    return flops_per_token(
+    flops = flops_per_token(
         cfg.model,
         cfg.context,
         vocab,
@@ -57,6 +58,18 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
         indexer,
         gate_parameters(cfg),
     )
+    return replace(flops, attention=flops.attention - _not_dense(cfg, model))
+
+
+def _not_dense(cfg: Any, model: Any) -> int:
+    """FLOPs per token by which layers that limit their own keys cost less than dense ones."""
+    saved = 0.0
+    for block in model.blocks:
+        layer = block.attention
+        keys = layer.attention.mean_keys(cfg.context) if layer.indexer is None else None
+        if keys is not None:
+            saved += 4 * layer.dims.n_heads * layer.dims.head_dim * (cfg.context / 2 - keys)
+    return round(saved)
 
 
 def gate_parameters(cfg: Any) -> int:

@@ -27,7 +27,7 @@ DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees e
 @dataclass(frozen=True)
 class Capabilities:
     """What a component can do. Empty ``head_dims`` means any; empty ``modes`` means that an
-    attention attends to every key and takes no Selection.
+    attention takes no Selection: it decides by itself which keys a query attends.
 
     ``mass`` and ``bias``, for attentions that take a Selection: it reports the attention on each
     selected block, and adds a bias to the logits of each. ``requires`` names capabilities that

@@ -10,6 +10,14 @@ class DenseAttentionConfig:
 
 
 @dataclass
+class SlidingWindowConfig:
+    name: str = "sliding_window"
+    window: int = 4096  # most recent keys a query attends, itself included
+    sinks: int = 0  # first keys of the document, always attended
+    impl: str = "auto"  # auto, chunked (PyTorch SDPA) or flash (CUDA, half precision, no sinks)
+
+
+@dataclass
 class GsaAttentionConfig:
     name: str = "gsa"
     mode: str = "tile"  # token: single keys per query; block: key blocks per query; tile: shared

@@ -22,6 +22,13 @@ def gsa_register_attention() -> list[Component]:
             Capabilities(),
         ),
         Component(
+            "sliding_window",
+            "gsa_plugins.attention.sliding_window:SlidingWindowAttention",
+            c.SlidingWindowConfig,
+            "The most recent keys and the first ones (arXiv 2004.05150, 2309.17453)",
+            Capabilities(),
+        ),
+        Component(
             "gsa",
             "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,

@@ -192,7 +192,7 @@ BAD = [
     (("experiment=smoek",), "smoke"),
     (("attention=gsaa",), "Did you mean 'gsa'"),
     (("sparsity.k=x",), r"sparsity\.k"),
-    (("attention=dense", "indexer=gated_lightning"), "attention=dense attends to every key"),
+    (("attention=dense", "indexer=gated_lightning"), "attention=dense takes no selection"),
     (("sparsity.k=64",), r"below what is always attended(.|\n)*sparsity\.k=80"),
     (("model.n_heads=3", "model.n_kv_heads=2"), "does not divide model.n_heads=3"),
     (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),

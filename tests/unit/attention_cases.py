@@ -78,3 +78,22 @@ def assert_same(
         allowed = (reference[name].double() - value).norm()
         error = (got[name].double() - value).norm()
         assert error <= 2 * allowed + torch.finfo(dtype).eps * value.norm(), name
+
+
+def varlen_oracle(window: int = -1) -> Callable[..., Tensor]:
+    """What a varlen kernel computes, from its arguments; window: keys before the query, or all."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+    ) -> Tensor:
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        out = []
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+            n, m = int(b - a), int(d - c)
+            assert n <= max_q and m <= max_k
+            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            mask = mask.triu(m - n - window) if window >= 0 else mask
+            out.append(masked(mask[None, None])(q[None, a:b], k[None, c:d], v[None, c:d])[0])
+        return torch.cat(out)
+
+    return attend

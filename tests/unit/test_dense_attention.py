@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from attention_cases import DIMS, assert_same, draw, masked
+from attention_cases import DIMS, assert_same, draw, masked, varlen_oracle
 from kernel_cases import causal, make_documents
 
 from gsa_platform import compose
@@ -128,21 +128,6 @@ def test_packing_keeps_every_query_in_order(start):
         assert torch.equal(packed.k_MKE[low : low + n], k[run.row, run.first : run.stop])
         low += n
     assert low == packed.v_MKE.shape[0]
-
-
-def varlen_oracle(window=-1):
-    """What a varlen kernel computes, from its arguments."""
-
-    def attend(q, k, v, cu_q, cu_k, max_q, max_k):
-        out = []
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
-            n, m = int(b - a), int(d - c)
-            assert n <= max_q and m <= max_k and cu_q.dtype == torch.int32
-            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-            out.append(masked(mask[None, None])(q[None, a:b], k[None, c:d], v[None, c:d])[0])
-        return torch.cat(out)
-
-    return attend
 
 
 @pytest.mark.parametrize("version", ["grouped", "window", "causal"])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gsa_platform.capabilities import device_kind
-from gsa_platform.errors import UserError
+from gsa_platform.errors import UserError, suggest
 
 CUDA_BACKENDS = ("cudnn", "efficient", "fa3")
 HALF_BACKENDS = ("cudnn", "flash", "fa3")  # on CUDA, in bfloat16 or float16 only
@@ -11,7 +11,7 @@ HALF_BACKENDS = ("cudnn", "flash", "fa3")  # on CUDA, in bfloat16 or float16 onl
 
 def refuse(config: Any) -> None:
     """Raise UserError for the first setting of the configured attention that cannot work."""
-    check = {"dense": _dense}.get(config.attention.name)
+    check = {"dense": _dense, "sliding_window": _window}.get(config.attention.name)
     if check is not None:
         check(config, device_kind(config))
 
@@ -27,4 +27,22 @@ def _dense(config: Any, kind: str) -> None:
         raise UserError(
             f"attention.backend={backend} has no float32 kernel, and trainer.precision=32-true. "
             "Type trainer.precision=bf16-mixed, or attention.backend=auto, efficient or math."
+        )
+
+
+def _window(config: Any, kind: str) -> None:
+    window, sinks, impl = (config.attention[key] for key in ("window", "sinks", "impl"))
+    if impl not in ("auto", "chunked", "flash"):
+        raise UserError(
+            f"attention.impl={impl} is unknown.{suggest(impl, ('auto', 'chunked', 'flash'))} "
+            "Use attention.impl=auto, chunked or flash."
+        )
+    if window < 1:
+        raise UserError(f"attention.window={window} must be at least 1. Type attention.window=1.")
+    if sinks < 0:
+        raise UserError(f"attention.sinks={sinks} must be at least 0. Type attention.sinks=0.")
+    if impl == "flash" and (kind == "cpu" or sinks or config.trainer.precision == "32-true"):
+        raise UserError(
+            "attention.impl=flash needs a CUDA device, attention.sinks=0 and "
+            "trainer.precision=bf16-mixed or bf16-true. Type attention.impl=chunked, or auto."
         )
