@@ -13,7 +13,8 @@ from gsa_platform.contracts import Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.validate import validate
 from gsa_plugins.attention import sliding_window, varlen
-from gsa_plugins.attention.sliding_window import SlidingWindowAttention, as_selection, chunked
+from gsa_plugins.attention.probes import window_selection
+from gsa_plugins.attention.sliding_window import SlidingWindowAttention, chunked
 from gsa_plugins.configs import SlidingWindowConfig
 
 WINDOWS = [(1, 0), (7, 0), (7, 3), (40, 20), (200, 0), (1, 5)]
@@ -91,7 +92,7 @@ def test_grouped_heads(heads, kv_heads):
 @documents
 def test_it_is_a_selection_of_single_keys(window, sinks, documents):
     docs = make_documents(63) if documents else None
-    selection = as_selection(window, sinks, Sequence(0, docs), 2, 63)
+    selection = window_selection(window, sinks, Sequence(0, docs), 2, 63)
     mask = mask_of(63, window, sinks, docs)
     assert torch.equal(selection.to_dense_mask(), mask.expand(2, -1, -1, -1))
     q, k, v = draw(63)

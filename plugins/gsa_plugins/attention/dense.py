@@ -5,15 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gsa_kernels.attention_mass import probe
-from gsa_kernels.selection import SelectionSpec, tile_layout
 from gsa_platform.contracts import Attention, AttentionOutput, LayerDims, Sequence
 
 from ..configs import DenseAttentionConfig
-from ..dense import PROBED_TILES, dense_attention, spread
+from ..dense import dense_attention
 from . import sdpa, varlen
-
-PROBED_ROWS = 64
+from .probes import probe_dense
 
 
 class DenseAttention(Attention):
@@ -58,9 +55,4 @@ class DenseAttention(Attention):
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence
     ) -> dict[str, Tensor]:
-        spec = SelectionSpec(PROBED_ROWS, PROBED_ROWS, PROBED_ROWS, 0)
-        layout = tile_layout(
-            spec, q_BTHE.shape[1], k_BSKE.shape[1], seq.q_start, seq.doc_start_BS, q_BTHE.device
-        )
-        tiles = spread(layout.n_tiles, PROBED_TILES)
-        return vars(probe(q_BTHE, k_BSKE, layout, tiles, None, seq.doc_start_BS))
+        return probe_dense(q_BTHE, k_BSKE, seq)

@@ -10,18 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gsa_kernels.attention_mass import probe
-from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_platform.contracts import Attention, AttentionOutput, LayerDims, Sequence
+from gsa_platform.model.flops import mean_keys
 
 from ..configs import SlidingWindowConfig
-from ..dense import spread
 from . import sdpa, varlen
 from .documents import pack
+from .probes import probe_window
 
 IMPLEMENTATIONS = ("auto", "chunked", "flash")
 _ROWS = 512  # most query rows of a chunk; a chunk of R rows reads at most window + 2 R keys
-_PROBED = 64
 
 
 class SlidingWindowAttention(Attention):
@@ -76,31 +74,12 @@ class SlidingWindowAttention(Attention):
         return f"sliding_window: window {self.window}, sinks {self.sinks}; {impl}"
 
     def mean_keys(self, context: int) -> float:
-        keys = min(context, self.window + self.sinks)
-        return (keys * (keys + 1) / 2 + (context - keys) * keys) / context
+        return mean_keys(context, self.window + self.sinks)
 
-    @torch.compiler.disable
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence
     ) -> dict[str, Tensor]:
-        batch, queries = q_BTHE.shape[:2]
-        chosen = as_selection(self.window, self.sinks, seq, batch, queries, q_BTHE.device)
-        tiles = spread(queries, _PROBED)
-        return vars(probe(q_BTHE, k_BSKE, chosen.layout, tiles, chosen, seq.doc_start_BS))
-
-
-def as_selection(
-    window: int,
-    sinks: int,
-    seq: Sequence,
-    batch: int,
-    queries: int,
-    device: torch.device | str | None = None,
-) -> Selection:
-    """The same keys as a Selection with C = R = 1 in which nothing was chosen."""
-    blocks = torch.zeros(batch, 1, queries, 0, dtype=torch.int32, device=device)
-    spec = SelectionSpec(1, 1, window, sinks)
-    return Selection(spec, blocks, queries, seq.q_start + queries, seq.q_start, seq.doc_start_BS)
+        return probe_window(q_BTHE, k_BSKE, seq, self.window, self.sinks)
 
 
 def flash(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, seq: Sequence, window: int) -> Tensor:
