@@ -52,13 +52,16 @@ class Capabilities:
 @dataclass(frozen=True)
 class Component:
     """One named choice for a slot. ``target`` is ``"package.module:Class"``, imported only when
-    the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``."""
+    the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``.
+    ``details`` is ``"package.module:function"``; ``plugins show`` prints the lines it returns
+    about this machine."""
 
     name: str
     target: str
     config: type
     summary: str = ""
     capabilities: Capabilities = Capabilities()
+    details: str = ""
 
 
 @dataclass

@@ -204,7 +204,10 @@ def _components(cfg: Any) -> Problems:
         if not can.varlen and not cfg.data.cross_document:
             yield f"{chosen} cannot keep documents apart. Type data.cross_document=true."
         if not can.deterministic and cfg.train.deterministic:
-            yield f"{chosen} is not deterministic. Type train.deterministic=false."
+            yield (
+                f"{chosen} is not deterministic{because(can, 'deterministic')}. "
+                "Type train.deterministic=false."
+            )
 
 
 def _granularity(cfg: Any) -> Problems:

@@ -18,6 +18,12 @@ class SlidingWindowConfig:
 
 
 @dataclass
+class XformersConfig:
+    name: str = "xformers"
+    window: int = 0  # most recent keys a query attends, itself included; 0 = every causal key
+
+
+@dataclass
 class GsaAttentionConfig:
     name: str = "gsa"
     mode: str = "tile"  # token: single keys per query; block: key blocks per query; tile: shared

@@ -29,6 +29,23 @@ def gsa_register_attention() -> list[Component]:
             Capabilities(),
         ),
         Component(
+            "xformers",
+            "gsa_plugins.attention.xformers_dense:XformersAttention",
+            c.XformersConfig,
+            "Dense or sliding window, xformers memory_efficient_attention (arXiv 2112.05682)",
+            Capabilities(
+                devices=("cuda",),
+                head_dims=tuple(range(8, 257, 8)),
+                deterministic=False,
+                needs=("xformers",),
+                reasons={
+                    "devices": "xformers has CUDA operators of memory_efficient_attention only",
+                    "deterministic": "the flash backward adds in no fixed order",
+                },
+            ),
+            details="gsa_plugins.attention.xformers_ops:status",
+        ),
+        Component(
             "gsa",
             "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,
