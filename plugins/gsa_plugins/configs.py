@@ -34,6 +34,15 @@ class GsaAttentionConfig:
 
 
 @dataclass
+class XformersSparseConfig:
+    name: str = "xformers_sparse"
+    mode: str = "tile"
+    key_block: int = 0  # C, 16, 32, 64 or 128; 0 = 64
+    query_tile: int = 0  # R, 16, 32 or 64; 0 = 64
+    selection_heads: str = "shared"  # shared: one choice for all heads; kv: one per key-value head
+
+
+@dataclass
 class NoIndexerConfig:
     name: str = "none"
 

@@ -52,6 +52,19 @@ def gsa_register_attention() -> list[Component]:
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
         ),
+        Component(
+            "xformers_sparse",
+            "gsa_plugins.attention.xformers_sparse:XformersSparseAttention",
+            c.XformersSparseConfig,
+            "Selected keys through xformers BlockSparseTensor, plain PyTorch, for comparison",
+            Capabilities(
+                modes=("tile",),
+                mass=True,
+                bias=True,
+                needs=("xformers",),
+                reasons={"modes": "its square cells must divide C and R, so R is at least 16"},
+            ),
+        ),
     ]
 
 
@@ -166,7 +179,7 @@ def gsa_validate(config: Any) -> None:
     attention, indexer, sparsity, objective = (
         config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
     )
-    if attention.name == "gsa" and attention.selection_heads == "kv":
+    if attention.get("selection_heads") == "kv":
         kv_heads = config.model.n_kv_heads
         if _ours("indexer", indexer.name) and indexer.get("heads", kv_heads) % kv_heads:
             raise UserError(

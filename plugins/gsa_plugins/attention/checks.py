@@ -11,7 +11,8 @@ HALF_BACKENDS = ("cudnn", "flash", "fa3")  # on CUDA, in bfloat16 or float16 onl
 
 def refuse(config: Any) -> None:
     """Raise UserError for the first setting of the configured attention that cannot work."""
-    check = {"dense": _dense, "sliding_window": _window}.get(config.attention.name)
+    checks = {"dense": _dense, "sliding_window": _window, "xformers_sparse": _xformers_sparse}
+    check = checks.get(config.attention.name)
     if check is not None:
         check(config, device_kind(config))
 
@@ -45,4 +46,13 @@ def _window(config: Any, kind: str) -> None:
         raise UserError(
             "attention.impl=flash needs a CUDA device, attention.sinks=0 and "
             "trainer.precision=bf16-mixed or bf16-true. Type attention.impl=chunked, or auto."
+        )
+
+
+def _xformers_sparse(config: Any, kind: str) -> None:
+    if 0 < config.attention.key_block < 16:
+        raise UserError(
+            f"attention.key_block={config.attention.key_block}: xformers' block-sparse tensor has "
+            "square cells of at least 16, which must divide C and R. "
+            "Type attention.key_block=16, 32, 64 or 128, or attention=gsa."
         )
