@@ -34,6 +34,17 @@ class GsaAttentionConfig:
 
 
 @dataclass
+class FlexConfig:
+    name: str = "flex"
+    mode: str = "tile"  # block: key blocks per query; tile: shared by a tile of queries
+    key_block: int = 0  # C, keys chosen together; 0 = 64
+    query_tile: int = 0  # R, queries sharing a choice; 0 = the mode's default (tile 64, block 1)
+    selection_heads: str = "shared"  # shared: one choice for all heads; kv: one per key-value head
+    block: int = 128  # side of the cells that are computed or skipped: 64 (tuned at first use) up
+    impl: str = "auto"  # auto, compiled, or eager (plain PyTorch, T x S in cost; for CPUs)
+
+
+@dataclass
 class XformersSparseConfig:
     name: str = "xformers_sparse"
     mode: str = "tile"

@@ -53,6 +53,20 @@ def gsa_register_attention() -> list[Component]:
             Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
         ),
         Component(
+            "flex",
+            "gsa_plugins.attention.flex:FlexSelectedAttention",
+            c.FlexConfig,
+            "Selected keys through PyTorch FlexAttention (arXiv 2412.05496)",
+            Capabilities(
+                modes=("block", "tile"),
+                reasons={
+                    "modes": "a mask of single keys chosen by single queries is T x S",
+                    "mass": "FlexAttention returns no attention probabilities",
+                    "bias": "its kernel sees key positions, not the slots that carry the bias",
+                },
+            ),
+        ),
+        Component(
             "xformers_sparse",
             "gsa_plugins.attention.xformers_sparse:XformersSparseAttention",
             c.XformersSparseConfig,

@@ -11,7 +11,12 @@ HALF_BACKENDS = ("cudnn", "flash", "fa3")  # on CUDA, in bfloat16 or float16 onl
 
 def refuse(config: Any) -> None:
     """Raise UserError for the first setting of the configured attention that cannot work."""
-    checks = {"dense": _dense, "sliding_window": _window, "xformers_sparse": _xformers_sparse}
+    checks = {
+        "dense": _dense,
+        "sliding_window": _window,
+        "flex": _flex,
+        "xformers_sparse": _xformers_sparse,
+    }
     check = checks.get(config.attention.name)
     if check is not None:
         check(config, device_kind(config))
@@ -33,11 +38,7 @@ def _dense(config: Any, kind: str) -> None:
 
 def _window(config: Any, kind: str) -> None:
     window, sinks, impl = (config.attention[key] for key in ("window", "sinks", "impl"))
-    if impl not in ("auto", "chunked", "flash"):
-        raise UserError(
-            f"attention.impl={impl} is unknown.{suggest(impl, ('auto', 'chunked', 'flash'))} "
-            "Use attention.impl=auto, chunked or flash."
-        )
+    _one_of("impl", impl, ("auto", "chunked", "flash"))
     if window < 1:
         raise UserError(f"attention.window={window} must be at least 1. Type attention.window=1.")
     if sinks < 0:
@@ -49,10 +50,29 @@ def _window(config: Any, kind: str) -> None:
         )
 
 
+def _flex(config: Any, kind: str) -> None:
+    _one_of("impl", config.attention.impl, ("auto", "compiled", "eager"))
+    _one_of("block", config.attention.block, (64, 128, 256))
+    if config.attention.impl == "compiled" and kind == "cpu":
+        raise UserError(
+            "attention.impl=compiled: FlexAttention has no backward on a CPU. "
+            "Type attention.impl=eager or auto."
+        )
+
+
 def _xformers_sparse(config: Any, kind: str) -> None:
     if 0 < config.attention.key_block < 16:
         raise UserError(
             f"attention.key_block={config.attention.key_block}: xformers' block-sparse tensor has "
             "square cells of at least 16, which must divide C and R. "
             "Type attention.key_block=16, 32, 64 or 128, or attention=gsa."
+        )
+
+
+def _one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        *most, last = map(str, choices)
+        raise UserError(
+            f"attention.{key}={value} is unknown.{suggest(str(value), map(str, choices))} "
+            f"Use attention.{key}={', '.join(most)} or {last}."
         )
