@@ -10,7 +10,6 @@ import torch
 from attention_cases import DIMS, assert_same, draw, masked, varlen_oracle
 from kernel_cases import causal, make_documents
 
-from gsa_platform import compose
 from gsa_platform.contracts import Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.validate import validate
@@ -43,6 +42,16 @@ def to(device, seq):
     return Sequence(seq.q_start, None if docs is None else docs.to(device))
 
 
+def run_or_skip(*args):
+    """assert_same, skipped where the named kernel itself turns the shape away."""
+    try:
+        assert_same(*args)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        pytest.skip("PyTorch's kernel does not take this shape")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @lengths
 @documents
@@ -51,7 +60,7 @@ def test_every_kernel_is_the_softmax(backend, length, documents, device):
         pytest.skip("refused on this device")
     seq, mask = case(length, documents)
     seq = to(device, seq)
-    assert_same(
+    run_or_skip(
         lambda q, k, v: dense_attention(q, k, v, seq, backend),
         masked(mask),
         draw(length),
@@ -68,7 +77,7 @@ def test_queries_that_continue_a_cache(backend, start, documents, device):
         pytest.skip("refused on this device")
     seq, mask = case(100, documents, start)
     seq = to(device, seq)
-    assert_same(
+    run_or_skip(
         lambda q, k, v: dense_attention(q, k, v, seq, backend),
         masked(mask),
         draw(100 - start, 100),
@@ -263,6 +272,8 @@ def test_it_compiles():
     ],
 )
 def test_refusals_before_training(machine, typed, parts):
+    from gsa_platform import compose  # Hydra, which a GPU machine may lack
+
     cfg = compose.load(
         ["experiment=smoke", "attention=dense", f"trainer.accelerator={machine}", *typed]
     )

@@ -8,7 +8,6 @@ from attention_cases import DIMS, assert_same, draw, masked, varlen_oracle
 from kernel_cases import make_documents
 
 from gsa_kernels.sparse_attention.api import sparse_attention
-from gsa_platform import compose
 from gsa_platform.contracts import Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.validate import validate
@@ -208,6 +207,8 @@ def test_it_says_what_runs():
     ],
 )
 def test_refusals_before_training(typed, part):
+    from gsa_platform import compose  # Hydra, which a GPU machine may lack
+
     cfg = compose.load(["experiment=smoke", "attention=sliding_window", typed])
     with pytest.raises(UserError, match=part):
         validate(cfg)

@@ -11,7 +11,7 @@ from kernel_cases import causal, make_documents
 
 pytest.importorskip("xformers")
 
-from gsa_platform import compose, hardware, plugin_commands, registry
+from gsa_platform import hardware, plugin_commands, registry
 from gsa_platform.contracts import Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.validate import validate
@@ -163,6 +163,8 @@ def test_a_cpu_is_refused_with_the_reason():
 
 
 def test_a_cpu_is_refused_before_training():
+    from gsa_platform import compose  # Hydra, which a GPU machine may lack
+
     cfg = compose.load(["experiment=smoke", "attention=xformers"])
     with pytest.raises(UserError, match="not on cpu: xformers has CUDA operators"):
         validate(cfg)

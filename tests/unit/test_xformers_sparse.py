@@ -10,7 +10,6 @@ from kernel_cases import make_selection
 pytest.importorskip("xformers")
 
 from gsa_kernels.sparse_attention.api import sparse_attention
-from gsa_platform import compose
 from gsa_platform.contracts import Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.validate import validate
@@ -175,6 +174,8 @@ def test_cells_that_would_not_be_exact_are_refused(key_block, query_tile):
     ],
 )
 def test_refusals_before_training(typed, parts):
+    from gsa_platform import compose  # Hydra, which a GPU machine may lack
+
     cfg = compose.load(["experiment=smoke", "attention=xformers_sparse", typed])
     with pytest.raises(UserError) as caught:
         validate(cfg)

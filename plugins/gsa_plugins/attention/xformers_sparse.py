@@ -129,6 +129,7 @@ def _attend(
 
     q [G, n, T', E], scaled; k, v [n, S', E].
     """
+    xformers_ops.fmha()  # imports xformers as it has to be
     from xformers.ops import masked_matmul
     from xformers.sparse import BlockSparseTensor
 
