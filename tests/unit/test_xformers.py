@@ -186,3 +186,22 @@ def test_a_negative_window_is_refused():
         XformersAttention(XformersConfig(window=-1), DIMS)
     assert XformersAttention(XformersConfig(window=6), DIMS).mean_keys(100) < 6
     assert XformersAttention(XformersConfig(), DIMS).mean_keys(100) is None
+
+
+def test_an_extension_that_did_not_load_says_what_to_install(monkeypatch):
+    from xformers import _cpp_lib
+
+    error = RuntimeError("xFormers can't load C++/CUDA extensions")
+    error.__cause__ = OSError("Could not load this library")
+    error.__cause__.__cause__ = OSError("libcudart.so.12: cannot open shared object file")
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", error)
+    monkeypatch.setattr(_cpp_lib, "_built_with_cuda", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    xformers_ops.operators.cache_clear()
+    try:
+        why = xformers_ops.operators()
+        assert xformers_ops.reason("cuda").startswith("no operator is usable: ")
+    finally:
+        xformers_ops.operators.cache_clear()
+    assert "libcudart.so.12: cannot open" in why["cutlassF-pt"]
+    assert "pip install nvidia-cuda-runtime-cu12" in why["cutlassF-pt"]

@@ -2,7 +2,7 @@
 
 xformers 0.0.35 marks every operator as unusable unless its own extension loads, and that needs
 libcudart.so.12: under a PyTorch built for CUDA 13 the package nvidia-cuda-runtime-cu12 provides
-it, but outside the loader's search path, so it is loaded first.
+it, and it is loaded from there first, wherever the package lies.
 """
 
 import ctypes
@@ -83,7 +83,9 @@ def _extension_loaded() -> bool:
 def _load_error() -> str:
     from xformers import _cpp_lib
 
-    error = getattr(_cpp_lib._cpp_library_load_exception, "__cause__", None)
+    error: BaseException | None = _cpp_lib._cpp_library_load_exception
+    while error is not None and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # the loader's own words come last
     text = f": {error}" if error else ""
     hint = f" (pip install {RUNTIME})" if "libcudart.so.12" in text else ""
     return text + hint
