@@ -96,6 +96,11 @@ class Attention(nn.Module):
         """One line for the log: which implementation will run on this device, and why."""
         return ""
 
+    def mean_keys(self, context: int) -> float | None:
+        """Mean keys a query of a whole sequence attends, where the attention alone decides it;
+        None: the selection decides, or every causal key is attended."""
+        return None
+
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence
     ) -> dict[str, Tensor]:

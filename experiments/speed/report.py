@@ -1,7 +1,7 @@
 """Table and plot of a speed run: reads h200.json or the file named; table.md and speed.png.
 
-    python -m gsa_kernels.bench.attention --out experiments/speed/h200.json ...
-    python experiments/speed/report.py [file.json]
+python -m gsa_kernels.bench.attention --out experiments/speed/h200.json ...
+python experiments/speed/report.py [file.json]
 """
 
 import json
