@@ -27,12 +27,15 @@ class AttentionResult:
 
 
 def implementations(
-    device: torch.device, spec: SelectionSpec | None = None, width: int = 0
+    device: torch.device,
+    spec: SelectionSpec | None = None,
+    width: int = 0,
+    interpreted: bool = False,
 ) -> dict[str, str]:
     """Each implementation with "" if it runs here (for this granularity and head width E, where
     they are given), else the reason why not."""
     return {
-        "triton": triton_reason(device) or _no_kernel(spec, width),
+        "triton": triton_reason(device, interpreted) or _no_kernel(spec, width),
         "eager": "",
         "reference": "",
     }
@@ -60,7 +63,7 @@ def choose(
     impl: str, device: torch.device, spec: SelectionSpec | None = None, width: int = 0
 ) -> tuple[str, str]:
     """(implementation, reason) for a request; ValueError if the one named cannot run."""
-    available = implementations(device, spec, width)
+    available = implementations(device, spec, width, interpreted=impl == "triton")
     name = resolve("sparse attention", impl, device, available)
     if impl != "auto":
         return name, "asked for"
