@@ -1,4 +1,4 @@
-"""The records of every first-party component. Targets are strings: nothing heavy is imported."""
+"""The first-party plugin: its records, and what it refuses before anything is built."""
 
 from typing import Any
 
@@ -6,6 +6,12 @@ from gsa_platform import Capabilities, Component, hookimpl
 from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
+from .records import (
+    gsa_register_gate,
+    gsa_register_indexer,
+    gsa_register_objective,
+    gsa_register_sparsity,
+)
 
 GSA_PLUGIN_API = (1, 0)
 
@@ -26,88 +32,6 @@ def gsa_register_attention() -> list[Component]:
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile")),
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_indexer() -> list[Component]:
-    return [
-        Component("none", "", c.NoIndexerConfig, "No indexer: for dense attention"),
-        Component(
-            "gated_lightning",
-            "gsa_plugins.indexer:GatedLightningIndexer",
-            c.GatedLightningConfig,
-            "Sigmoid-gated lightning indexer (arXiv 2601.15305)",
-        ),
-        Component(
-            "relu_lightning",
-            "gsa_plugins.indexer:ReluLightningIndexer",
-            c.ReluLightningConfig,
-            "ReLU lightning indexer (DeepSeek-V3.2)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_sparsity() -> list[Component]:
-    return [
-        Component("none", "", c.NoSparsityConfig, "No budget: for dense attention"),
-        Component(
-            "fixed",
-            "gsa_plugins.sparsity:FixedBudget",
-            c.FixedBudgetConfig,
-            "The same number of keys for every query",
-        ),
-        Component(
-            "adaptive_variance",
-            "gsa_plugins.sparsity:AdaptiveVarianceBudget",
-            c.AdaptiveVarianceConfig,
-            "Budget from the variance of a query's own index scores (arXiv 2601.15305, Eq. 8)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_gate() -> list[Component]:
-    return [
-        Component("none", "", c.NoGateConfig, "No gate"),
-        Component(
-            "value",
-            "gsa_plugins.gate:SigmoidGate",
-            c.ValueGateConfig,
-            "Sigmoid gate on the values, G2 (arXiv 2505.06708)",
-        ),
-        Component(
-            "output",
-            "gsa_plugins.gate:SigmoidGate",
-            c.OutputGateConfig,
-            "Sigmoid gate on the attention output, G1 (arXiv 2505.06708)",
-        ),
-        Component(
-            "dual",
-            "gsa_plugins.gate:SigmoidGate",
-            c.DualGateConfig,
-            "Both gates, G1 and G2 (arXiv 2601.15305)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_objective() -> list[Component]:
-    return [
-        Component("none", "", c.NoObjectiveConfig, "The indexer gets no training signal"),
-        Component(
-            "kl",
-            "gsa_plugins.objective:KlObjective",
-            c.KlObjectiveConfig,
-            "KL from the head-summed attention to the index distribution (DeepSeek-V3.2)",
-        ),
-        Component(
-            "bias",
-            "gsa_plugins.objective:BiasObjective",
-            c.BiasObjectiveConfig,
-            "beta * log(score) on the attention logits: the model's own loss trains the indexer",
         ),
     ]
 

@@ -9,7 +9,7 @@ from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_platform.contracts import Choice, Indexer, LayerDims, Sequence, Sparsity
 from gsa_platform.model.rope import RotaryTable, apply_rotary
 
-from .configs import GatedLightningConfig, ReluLightningConfig
+from ..configs import GatedLightningConfig, ReluLightningConfig
 
 SCALES = ("rsqrt", "none")
 

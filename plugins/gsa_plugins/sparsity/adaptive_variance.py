@@ -1,4 +1,4 @@
-"""Budgets: how many keys a query may attend."""
+"""A budget from the variance of a query's own index scores."""
 
 import torch
 import torch.distributed as dist
@@ -6,23 +6,11 @@ from torch import Tensor
 
 from gsa_platform.contracts import LayerDims, Sparsity
 
-from .configs import AdaptiveVarianceConfig, FixedBudgetConfig
+from ..configs import AdaptiveVarianceConfig
 
 SIGNS = ("decreasing", "increasing")
 FORMS = ("ratio", "logistic")
 _TINY = 1e-12  # a variance below this says nothing about the scores
-
-
-class FixedBudget(Sparsity):
-    """k keys for every query."""
-
-    def __init__(self, config: FixedBudgetConfig, dims: LayerDims) -> None:
-        super().__init__()
-        self.window, self.sinks = config.window, config.sinks
-        self.max_keys = config.k
-
-    def budget(self) -> int:
-        return self.max_keys
 
 
 class AdaptiveVarianceBudget(Sparsity):

@@ -1,0 +1,90 @@
+"""Records of what surrounds an attention: indexers, sparsity controllers, gates, objectives.
+
+Targets are strings: listing them imports nothing heavy.
+"""
+
+from gsa_platform import Component, hookimpl
+
+from . import configs as c
+
+
+@hookimpl
+def gsa_register_indexer() -> list[Component]:
+    return [
+        Component("none", "", c.NoIndexerConfig, "No indexer: for dense attention"),
+        Component(
+            "gated_lightning",
+            "gsa_plugins.indexer.lightning:GatedLightningIndexer",
+            c.GatedLightningConfig,
+            "Sigmoid-gated lightning indexer (arXiv 2601.15305)",
+        ),
+        Component(
+            "relu_lightning",
+            "gsa_plugins.indexer.lightning:ReluLightningIndexer",
+            c.ReluLightningConfig,
+            "ReLU lightning indexer (DeepSeek-V3.2)",
+        ),
+    ]
+
+
+@hookimpl
+def gsa_register_sparsity() -> list[Component]:
+    return [
+        Component("none", "", c.NoSparsityConfig, "No budget: for dense attention"),
+        Component(
+            "fixed",
+            "gsa_plugins.sparsity.fixed:FixedBudget",
+            c.FixedBudgetConfig,
+            "The same number of keys for every query",
+        ),
+        Component(
+            "adaptive_variance",
+            "gsa_plugins.sparsity.adaptive_variance:AdaptiveVarianceBudget",
+            c.AdaptiveVarianceConfig,
+            "Budget from the variance of a query's own index scores (arXiv 2601.15305, Eq. 8)",
+        ),
+    ]
+
+
+@hookimpl
+def gsa_register_gate() -> list[Component]:
+    return [
+        Component("none", "", c.NoGateConfig, "No gate"),
+        Component(
+            "value",
+            "gsa_plugins.gate:SigmoidGate",
+            c.ValueGateConfig,
+            "Sigmoid gate on the values, G2 (arXiv 2505.06708)",
+        ),
+        Component(
+            "output",
+            "gsa_plugins.gate:SigmoidGate",
+            c.OutputGateConfig,
+            "Sigmoid gate on the attention output, G1 (arXiv 2505.06708)",
+        ),
+        Component(
+            "dual",
+            "gsa_plugins.gate:SigmoidGate",
+            c.DualGateConfig,
+            "Both gates, G1 and G2 (arXiv 2601.15305)",
+        ),
+    ]
+
+
+@hookimpl
+def gsa_register_objective() -> list[Component]:
+    return [
+        Component("none", "", c.NoObjectiveConfig, "The indexer gets no training signal"),
+        Component(
+            "kl",
+            "gsa_plugins.objective.kl:KlObjective",
+            c.KlObjectiveConfig,
+            "KL from the head-summed attention to the index distribution (DeepSeek-V3.2)",
+        ),
+        Component(
+            "bias",
+            "gsa_plugins.objective.bias:BiasObjective",
+            c.BiasObjectiveConfig,
+            "beta * log(score) on the attention logits: the model's own loss trains the indexer",
+        ),
+    ]
