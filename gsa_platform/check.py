@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 from gsa_platform.model.flops import (
     TokenFlops,
     flops_per_token,
-    indexer_scoring_flops,
     mean_keys,
     training_memory,
 )
@@ -35,19 +34,9 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
         keys = mean_keys(cfg.context, budget)
     indexer = 0
     if n_sparse:
-        pooled = cfg.indexer.get("block_score", "max") == "mean"
         layer = next(b.attention for b in model.blocks if b.attention.indexer is not None)
         spec = layer.attention.selection_spec(layer.sparsity)
-        shared = int(getattr(spec, "query_tile", 1))
-        block = int(getattr(spec, "key_block", 1))
-        # A tile scores once for all its queries.
-        indexer = indexer_scoring_flops(
-            cfg.model.d_model,
-            cfg.indexer.get("heads", 0),
-            cfg.indexer.get("dim", 0),
-            cfg.context // shared,
-            block if pooled else 1,
-        )
+        indexer = layer.indexer.flops(cfg.context, spec)
     return flops_per_token(
         cfg.model,
         cfg.context,

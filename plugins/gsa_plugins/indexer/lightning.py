@@ -4,17 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from gsa_kernels.index_score.api import BLOCK_SCORES, IndexFactors
-from gsa_kernels.select.api import select
-from gsa_kernels.selection import Selection, SelectionSpec
-from gsa_platform.contracts import Choice, Indexer, LayerDims, Sequence, Sparsity
+from gsa_kernels.selection import SelectionSpec
+from gsa_platform.contracts import LayerDims, Sequence
+from gsa_platform.model.flops import indexer_scoring_flops
 from gsa_platform.model.rope import RotaryTable, apply_rotary
 
 from ..configs import GatedLightningConfig, ReluLightningConfig
+from .base import BlockIndexer
 
 SCALES = ("rsqrt", "none")
 
 
-class LightningIndexer(Indexer):
+class LightningIndexer(BlockIndexer):
     """What both forms share: projections of queries, keys and head weights, and selection.
 
     Projections start with standard deviation 1/sqrt(d_model), so that index logits of normalised
@@ -81,25 +82,12 @@ class LightningIndexer(Indexer):
             q_start=seq.q_start,
         )
 
-    @torch.compiler.disable
-    def select(
-        self,
-        factors: IndexFactors,
-        spec: SelectionSpec,
-        sparsity: Sparsity,
-        seq: Sequence,
-        previous: Selection | None = None,
-    ) -> Choice:
-        chosen = select(
-            factors,
-            spec,
-            sparsity.budget(),
-            sparsity.max_keys,
-            factors.q_BTJI.shape[1],
-            seq.doc_start_BS,
-            previous,
+    def flops(self, context: int, spec: SelectionSpec) -> int:
+        block = spec.key_block if self.block_score == "mean" else 1
+        # A tile scores once for all its queries.
+        return indexer_scoring_flops(
+            self.q_proj.in_features, self.heads, self.dim, context // spec.query_tile, block
         )
-        return Choice(chosen.selection, chosen.statistics)
 
 
 class GatedLightningIndexer(LightningIndexer):

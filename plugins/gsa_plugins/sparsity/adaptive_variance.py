@@ -1,10 +1,13 @@
 """A budget from the variance of a query's own index scores."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gsa_platform.contracts import LayerDims, Sparsity
+from gsa_platform.contracts import LayerDims, Sequence, Sparsity
 
 from ..configs import AdaptiveVarianceConfig
 
@@ -26,6 +29,7 @@ class AdaptiveVarianceBudget(Sparsity):
     every query before the first step has been seen, get k.
     """
 
+    statistics = ("count", "variance")
     mean_variance: Tensor
 
     def __init__(self, config: AdaptiveVarianceConfig, dims: LayerDims) -> None:
@@ -44,7 +48,7 @@ class AdaptiveVarianceBudget(Sparsity):
         self.form, self.decay = config.form, config.decay
         self.register_buffer("mean_variance", torch.zeros((), dtype=torch.float64))
 
-    def budget(self):  # type: ignore[no-untyped-def]
+    def budget(self, seq: Sequence, spec: Any = None) -> Callable[[dict[str, Tensor]], Tensor]:
         return self.rule
 
     def rule(self, statistics: dict[str, Tensor]) -> Tensor:

@@ -1,6 +1,8 @@
 """The same budget for every query."""
 
-from gsa_platform.contracts import LayerDims, Sparsity
+from typing import Any
+
+from gsa_platform.contracts import LayerDims, Sequence, Sparsity
 
 from ..configs import FixedBudgetConfig
 
@@ -13,5 +15,5 @@ class FixedBudget(Sparsity):
         self.window, self.sinks = config.window, config.sinks
         self.max_keys = config.k
 
-    def budget(self) -> int:
+    def budget(self, seq: Sequence, spec: Any = None) -> int:
         return self.max_keys
