@@ -1,15 +1,25 @@
 """Index scores: the interface that selection reads, and the score functions there are."""
 
+from .attention import AttentionScores
 from .factors import ACTIVATIONS, BLOCK_SCORES, IndexFactors
+from .hierarchical import HierarchicalFactors
 from .keys import pool_keys
+from .pooled import POOLINGS, PooledFactors
+from .position import RandomScores, StridedScores
 from .scores import _CHUNK, BlockScores, Scored, scores_at
 
 __all__ = [
     "ACTIVATIONS",
     "BLOCK_SCORES",
+    "POOLINGS",
+    "AttentionScores",
     "BlockScores",
+    "HierarchicalFactors",
     "IndexFactors",
+    "PooledFactors",
+    "RandomScores",
     "Scored",
+    "StridedScores",
     "pool_keys",
     "scores_at",
     "_CHUNK",

@@ -118,11 +118,13 @@ class IndexFactors(BlockScores):
     def elements(self, block: int) -> int:
         return self.q_BTJI.shape[2] * (1 if self._from_mean(block) else block)
 
+    def _scored_keys(self, block: int, doc_start_BS: Tensor | None) -> Tensor:
+        mean = self._from_mean(block)
+        return pool_keys(self.k_BSI, block, doc_start_BS) if mean else self.k_BSI
+
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
         """(what is scored: block means or single keys, documents)."""
-        mean = self._from_mean(block)
-        keys = pool_keys(self.k_BSI, block, doc_start_BS) if mean else self.k_BSI
-        return keys, doc_start_BS
+        return self._scored_keys(block, doc_start_BS), doc_start_BS
 
     def tile_scores(
         self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Any
@@ -147,7 +149,7 @@ class IndexFactors(BlockScores):
         # Gathering anchors first keeps each checkpointed piece small.
         at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
         mean = self._from_mean(c)
-        keys, _ = self.prepare(c, docs)
+        keys = self._scored_keys(c, docs)
         batch, groups, tiles, slots = blocks.shape
         if slots == 0 or keys.shape[1] == 0:
             return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gsa_kernels.index_score.api import BlockScores
 from gsa_kernels.selection import Selection, SelectionSpec
+from gsa_kernels.topk import comparable
 
-from .statistics import STATISTICS, check_names, comparable
+from .statistics import STATISTICS, check_names
 
 __all__ = ["BudgetRule", "Chosen", "STATISTICS", "comparable", "select"]
 
@@ -24,8 +25,8 @@ BudgetRule = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Chosen:
-    """A selection and the statistics it was made from, each [B, H, Q] (a histogram is only handed
-    to the rule); 0 at a tile that a previous call has begun."""
+    """A selection and the statistics it was made from, each [B, H, Q] (a histogram has one more
+    dimension); 0 at a tile that a previous call has begun."""
 
     selection: Selection
     statistics: dict[str, Tensor]

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from gsa_kernels.index_score.api import BlockScores, Scored
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
+from gsa_kernels.topk import comparable, top_blocks
 
 from .api import BudgetRule, Chosen
-from .statistics import candidate_statistics, comparable
+from .statistics import TAIL, candidate_statistics
 
 
 def select(
@@ -37,9 +38,8 @@ def select(
         blocks[:, :, 0, : kept.shape[-1]] = kept[..., :width]
         first = 1
     stats = {
-        name: torch.zeros(batch, heads, layout.n_tiles, device=device)
+        name: torch.zeros(batch, heads, layout.n_tiles, *TAIL.get(name, ()), device=device)
         for name in names
-        if name != "histogram"
     }
     prepared = factors.prepare(c, doc_start_BS)
     tile = first
@@ -87,25 +87,3 @@ def choose(scored: Scored, wanted: Tensor, width: int) -> Tensor:
         return picked
     block = scored.columns.gather(-1, picked.clamp_min(0).long())
     return block.to(torch.int32).masked_fill(picked < 0, -1)
-
-
-def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """[..., width] int32 columns of the `wanted` largest scores, ascending, padded with -1.
-
-    Ties go to the lowest column; -inf is never chosen. Raises ValueError on NaN.
-    """
-    best = scores.topk(width, -1).values
-    if best.isnan().any():
-        raise ValueError("index scores are not finite (NaN): lower the learning rate")
-    wanted = torch.minimum(wanted, (best > -torch.inf).sum(-1))
-    threshold = best.gather(-1, (wanted - 1).clamp_min(0)[..., None])
-    above = scores > threshold
-    ties = scores == threshold
-    room = wanted[..., None] - above.sum(-1, keepdim=True)
-    keep = (above | (ties & (ties.cumsum(-1) <= room))) & (wanted[..., None] > 0)
-    place = keep.cumsum(-1) - 1
-    out = torch.full((*scores.shape[:-1], width + 1), -1, dtype=torch.int32, device=scores.device)
-    column = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-    place = place.masked_fill(~keep, width)
-    out.scatter_(-1, place, column.expand_as(scores))
-    return out[..., :width]

@@ -7,12 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.api import BlockScores, IndexFactors
-from gsa_kernels.index_score.reference import block_score_matrix
+from gsa_kernels.index_score.api import (
+    BlockScores,
+    HierarchicalFactors,
+    IndexFactors,
+    PooledFactors,
+)
+from gsa_kernels.index_score.reference import block_score_matrix, pooled_score
 from gsa_kernels.selection import Selection, SelectionSpec, TileLayout, tile_layout
+from gsa_kernels.topk import comparable
 
 from .api import BudgetRule, Chosen
-from .statistics import BINS, comparable
+from .statistics import BINS, TAIL
 
 
 def select(
@@ -34,7 +40,7 @@ def select(
     rows = score_rows(factors, layout, doc_start_BS)
     tiles = layout.n_tiles
     blocks = torch.full((batch, heads, tiles, width), -1, dtype=torch.int32)
-    stats = {name: torch.zeros(batch, heads, tiles) for name in names if name != "histogram"}
+    stats = {name: torch.zeros(batch, heads, tiles, *TAIL.get(name, ())) for name in names}
     for b in range(batch):
         for h in range(heads):
             for i in range(tiles):
@@ -48,6 +54,11 @@ def select(
                 local = max(0, anchor - spec.window + 1) // c
                 low = -(-(doc + spec.sinks) // c) if spec.sinks else doc // c
                 values = {j: rows(b, h, i)[j].float() for j in range(low, local)}
+                if isinstance(factors, HierarchicalFactors):
+                    kept_pools = survivors(factors, layout, doc_start_BS, b, h, i, sorted(values))
+                    values = {
+                        j: v for j, v in values.items() if j * c // factors.pool in kept_pools
+                    }
                 found = describe(list(values.values()), names)
                 for name, kept in stats.items():
                     kept[b, h, i] = found[name]
@@ -68,11 +79,17 @@ def score_rows(
     factors: BlockScores, layout: TileLayout, doc_start_BS: Tensor | None
 ) -> Callable[[int, int, int], Tensor]:
     """(b, h, tile) -> scores of every block at the tile's anchor."""
-    if type(factors) is IndexFactors:
-        matrix = block_score_matrix(factors, layout.spec.key_block, doc_start_BS)
+    c = layout.spec.key_block
+    n_blocks = layout.n_keys // c
+    if type(factors) in (IndexFactors, HierarchicalFactors):
+        assert isinstance(factors, IndexFactors)
+        matrix = block_score_matrix(factors, c, doc_start_BS)
         return lambda b, h, i: matrix[b, h, int(layout.anchor_Q[i]) - factors.q_start]
-    prepared = factors.prepare(layout.spec.key_block, doc_start_BS)
-    n_blocks = layout.n_keys // layout.spec.key_block
+    if isinstance(factors, PooledFactors):
+        pooled = functools.partial(pool_score, factors, layout, doc_start_BS)
+        keys = range(0, n_blocks * c, c)
+        return functools.cache(lambda b, h, i: torch.stack([pooled(b, h, i, s) for s in keys]))
+    prepared = factors.prepare(c, doc_start_BS)
 
     @functools.cache
     def row(i: int) -> Tensor:
@@ -81,10 +98,50 @@ def score_rows(
     return lambda b, h, i: row(i)[b, h, 0]
 
 
+def pool_score(
+    factors: PooledFactors | HierarchicalFactors,
+    layout: TileLayout,
+    doc_start_BS: Tensor | None,
+    b: int,
+    h: int,
+    i: int,
+    key: int,
+) -> Tensor:
+    """Score of the pooling block that holds a key: of its keys before the window, in the
+    anchor's document. -inf if there are none."""
+    anchor, local = int(layout.anchor_Q[i]), int(layout.local_BQ[0, i])
+    low = key // factors.pool * factors.pool
+    high = min(low + factors.pool, local)
+    if doc_start_BS is not None:
+        low = max(low, int(doc_start_BS[b, anchor]))
+    if low >= high:
+        return torch.tensor(-math.inf)
+    keys = factors.k_BSI[b, low:high]
+    return pooled_score(factors, b, anchor - factors.q_start, keys, factors.pooling)[h].float()
+
+
+def survivors(
+    factors: HierarchicalFactors,
+    layout: TileLayout,
+    doc_start_BS: Tensor | None,
+    b: int,
+    h: int,
+    i: int,
+    candidates: list[int],
+) -> list[int]:
+    """The best pooling blocks among those that hold a candidate."""
+    pools = sorted({j * layout.spec.key_block // factors.pool for j in candidates})
+    score = {
+        p: comparable(pool_score(factors, layout, doc_start_BS, b, h, i, p * factors.pool))
+        for p in pools
+    }
+    return sorted(pools, key=lambda p: (-float(score[p]), p))[: factors.survivors]
+
+
 def describe(values: list[Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """The statistics of a list of scores, by their textbook formulas."""
     x = torch.stack(values).double() if values else torch.zeros(0, dtype=torch.float64)
-    found = {name: torch.zeros(BINS if name == "histogram" else ()) for name in names}
+    found = {name: torch.zeros(TAIL.get(name, ())) for name in names}
     if "count" in names:
         found["count"] = torch.tensor(float(len(x)))
     if not len(x):

@@ -18,21 +18,13 @@ Sums are taken in float64, so that their order (a chunk, one tile, a kernel) doe
 import torch
 from torch import Tensor
 
+from gsa_kernels.topk import comparable
+
 STATISTICS = ("count", "mean", "variance", "max", "entropy", "histogram")
 BINS = 256
+TAIL = {"histogram": (BINS,)}  # dimensions after [B, H, Q]
 _LOWEST = -24  # exponent of the first bin
 _SHIFT = 20  # float32 bits below the three leading mantissa bits
-
-
-def comparable(scores: Tensor) -> Tensor:
-    """Scores as selection compares them: float32 rounded to 12 significant bits (0.02 %).
-
-    Two equal keys (a repeated token in the first layer) have equal scores only up to rounding,
-    which differs with the shape of a matrix product: unrounded, decoding one token at a time would
-    choose another of them than one pass over the sequence does.
-    """
-    bits = scores.float().contiguous().view(torch.int32)
-    return ((bits + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
 
 
 def check_names(names: tuple[str, ...]) -> tuple[str, ...]:
