@@ -308,3 +308,17 @@ def test_scores_of_a_class_with_no_gather_of_its_own():
     blocks = selection.blocks_BHQN
     expected = matrix.gather(-1, blocks.long().clamp_min(0)).masked_fill(blocks < 0, -torch.inf)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_low_precision_factors_are_scored_in_float32(autocast):
+    factors = make_factors(300)
+    names = ("q_BTJI", "k_BSI", "weight_BTJ")
+    low = replace(factors, **{n: getattr(factors, n).bfloat16() for n in names})
+    wide = replace(low, **{n: getattr(low, n).double() for n in names})
+    keys = low.k_BSI[:, None, None].expand(-1, 1, 300, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, one_by_one = low.tile(low.k_BSI), low.gathered(keys)
+    expected = wide.tile(wide.k_BSI)
+    for scores in (got, one_by_one):
+        torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)

@@ -84,22 +84,22 @@ class IndexFactors(BlockScores):
     def tile(self, k_BSI: Tensor) -> Tensor:
         """[B, H, T, S] scores of the held queries against the keys given (a few rows only)."""
         batch, rows, heads, width = self.q_BTJI.shape
-        q = (self.q_BTJI * self.scale).reshape(batch, rows * heads, width)
-        logits = q @ k_BSI.transpose(1, 2)
-        logits = logits.view(batch, rows, heads, -1)
-        return self._combine(logits, self.weight_BTJ[..., None])
+        with torch.autocast(k_BSI.device.type, enabled=False):
+            q = (_wide(self.q_BTJI) * self.scale).reshape(batch, rows * heads, width)
+            logits = q @ _wide(k_BSI).transpose(1, 2)
+            return self._combine(logits.view(batch, rows, heads, -1))
 
     def gathered(self, k_BHTNI: Tensor) -> Tensor:
         """[B, H, T, N] scores of each query against its own N keys."""
         batch, rows, heads, width = self.q_BTJI.shape
         groups = k_BHTNI.shape[1]
-        q = (self.q_BTJI * self.scale).view(batch, rows, groups, heads // groups, width)
-        q = q.transpose(1, 2)
-        logits = q @ k_BHTNI.transpose(-1, -2)  # [B, H, T, J/H, N]
-        logits = logits.transpose(1, 2).reshape(batch, rows, heads, -1)
-        return self._combine(logits, self.weight_BTJ[..., None])
+        with torch.autocast(k_BHTNI.device.type, enabled=False):
+            q = _wide(self.q_BTJI) * self.scale
+            q = q.view(batch, rows, groups, heads // groups, width).transpose(1, 2)
+            logits = q @ _wide(k_BHTNI).transpose(-1, -2)  # [B, H, T, J/H, N]
+            return self._combine(logits.transpose(1, 2).reshape(batch, rows, heads, -1))
 
-    def _combine(self, logits_BTJN: Tensor, weight_BTJ1: Tensor) -> Tensor:
+    def _combine(self, logits_BTJN: Tensor) -> Tensor:
         if self.bias_J is not None:
             logits_BTJN = logits_BTJN + self.bias_J[:, None]
         if self.activation == "sigmoid":
@@ -108,7 +108,7 @@ class IndexFactors(BlockScores):
             active = torch.relu(logits_BTJN)
         batch, rows, heads, keys = active.shape
         split = (batch, rows, self.heads, heads // self.heads)
-        weight = weight_BTJ1.view(*split[:3], 1, split[3])
+        weight = self.weight_BTJ.reshape(*split[:3], 1, split[3])
         mixed = weight.to(active.dtype) @ active.view(*split, keys)
         return mixed.squeeze(-2).transpose(1, 2)
 
@@ -177,3 +177,8 @@ class IndexFactors(BlockScores):
             args = (at_anchor.q_BTJI[:, lo:hi], at_anchor.weight_BTJ[:, lo:hi], keys)
             pieces.append(checkpoint(piece, *args, lo, hi, use_reentrant=False))
         return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: scores of 8 bits, as bfloat16 has, would tie most keys of a context."""
+    return x if x.dtype == torch.float64 else x.float()
