@@ -57,7 +57,7 @@ class LayerReport:
     index_loss: Tensor | None = None
     budget_loss: Tensor | None = None
     keys: dict[str, Tensor] = field(default_factory=dict)  # mean, min, max keys per query
-    gates: dict[str, Tensor] = field(default_factory=dict)  # mean and share below 0.1, per gate
+    gates: dict[str, Tensor] = field(default_factory=dict)  # of sizes: mean, share below 0.1
     statistics: dict[str, Tensor] = field(default_factory=dict)  # mean score statistics
     probe: dict[str, Tensor] = field(default_factory=dict)  # only on probed passes, as are:
     keys_BHT: Tensor | None = None  # keys attended by each query
@@ -186,7 +186,7 @@ class AttentionLayer(nn.Module):
 
 @torch.no_grad()
 def _gate_summary(name: str, gate: Tensor) -> dict[str, Tensor]:
-    gate = gate.detach()
+    gate = gate.detach().abs()
     return {f"{name}_mean": gate.float().mean(), f"{name}_low": (gate < 0.1).float().mean()}
 
 

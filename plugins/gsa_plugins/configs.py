@@ -82,21 +82,18 @@ class NoGateConfig:
 class ValueGateConfig:
     name: str = "value"
     granularity: str = "elementwise"  # elementwise or headwise (one scalar per head)
-    bias: float = 0.0  # initial bias: the gate starts at sigmoid(bias)
+    activation: str = "sigmoid"  # of z = x W + b: sigmoid (0 to 1), silu (z sigmoid z), tanh
+    bias: float = 0.0  # initial b; activation(b) is where the gate starts: sigmoid 0.5, tanh 1
 
 
 @dataclass
-class OutputGateConfig:
+class OutputGateConfig(ValueGateConfig):
     name: str = "output"
-    granularity: str = "elementwise"
-    bias: float = 0.0
 
 
 @dataclass
-class DualGateConfig:
+class DualGateConfig(ValueGateConfig):
     name: str = "dual"
-    granularity: str = "elementwise"
-    bias: float = 0.0
 
 
 @dataclass

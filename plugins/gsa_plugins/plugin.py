@@ -45,6 +45,7 @@ CHOICES = {
     ("sparsity", "sign"): ("decreasing", "increasing"),
     ("sparsity", "form"): ("ratio", "logistic"),
     ("gate", "granularity"): ("elementwise", "headwise"),
+    ("gate", "activation"): ("sigmoid", "silu", "tanh"),
     ("objective", "distribution"): ("softmax", "log"),
 }
 
