@@ -25,25 +25,64 @@ class NoIndexerConfig:
 
 
 @dataclass
-class GatedLightningConfig:
-    name: str = "gated_lightning"
+class LightningConfig:
+    """What the lightning indexers share; no component by itself."""
+
+    name: str = ""
     heads: int = 4  # J, index heads
     dim: int = 64  # I, width of an index query or key
     scale: str = "rsqrt"  # rsqrt: scores divided by sqrt(dim); none: as in the paper's figure
-    head_bias: bool = True  # b_j inside the key sigmoid
-    weight_bias: bool = True  # c_j inside the head-weight sigmoid
-    block_score: str = "mean"  # a block's score: from its mean key (cheap), or max over its keys
     rope: bool = True  # rotary index queries and keys: without it no score knows the distance
 
 
 @dataclass
-class ReluLightningConfig:
+class GatedLightningConfig(LightningConfig):
+    name: str = "gated_lightning"
+    block_score: str = "mean"  # a block's score: from its mean key (cheap), or max over its keys
+    head_bias: bool = True  # b_j inside the key sigmoid
+    weight_bias: bool = True  # c_j inside the head-weight sigmoid
+
+
+@dataclass
+class ReluLightningConfig(LightningConfig):
     name: str = "relu_lightning"
-    heads: int = 4
-    dim: int = 64
-    scale: str = "rsqrt"
     block_score: str = "mean"
-    rope: bool = True
+
+
+@dataclass
+class PooledIndexerConfig(LightningConfig):
+    name: str = "pooled"
+    activation: str = "sigmoid"  # scores as in gated_lightning (sigmoid) or relu_lightning (relu)
+    pool: int = 64  # keys pooled together, a multiple of attention.key_block
+    pooling: str = "mean"  # of the index keys: mean, or max of each channel
+
+
+@dataclass
+class HierarchicalIndexerConfig(LightningConfig):
+    name: str = "hierarchical"
+    activation: str = "sigmoid"
+    block_score: str = "mean"
+    pool: int = 256  # keys pooled together for the coarse scores
+    survivors: int = 64  # pooling blocks whose keys are scored exactly
+    pooling: str = "mean"
+
+
+@dataclass
+class OracleIndexerConfig:
+    name: str = "oracle"
+    max_context: int = 16384  # longer contexts are refused: it costs as much as dense attention
+
+
+@dataclass
+class RandomIndexerConfig:
+    name: str = "random"
+    seed: int = 0  # of the hash
+
+
+@dataclass
+class StridedIndexerConfig:
+    name: str = "strided"
+    stride: int = 0  # n: every n-th block comes first; 0: n as small as the budget allows
 
 
 @dataclass

@@ -24,6 +24,36 @@ def gsa_register_indexer() -> list[Component]:
             c.ReluLightningConfig,
             "ReLU lightning indexer (DeepSeek-V3.2)",
         ),
+        Component(
+            "pooled",
+            "gsa_plugins.indexer.pooled:PooledIndexer",
+            c.PooledIndexerConfig,
+            "Coarse lightning scores: one for all keys of a pooling block",
+        ),
+        Component(
+            "hierarchical",
+            "gsa_plugins.indexer.hierarchical:HierarchicalIndexer",
+            c.HierarchicalIndexerConfig,
+            "Lightning scores coarse to fine: pooled keys, then exact inside the best blocks",
+        ),
+        Component(
+            "oracle",
+            "gsa_plugins.indexer.oracle:OracleIndexer",
+            c.OracleIndexerConfig,
+            "Control: chooses by the attention itself, whose q and k it sees; short contexts only",
+        ),
+        Component(
+            "random",
+            "gsa_plugins.indexer.positional:RandomIndexer",
+            c.RandomIndexerConfig,
+            "Control: keys drawn by a hash of positions; nothing to learn",
+        ),
+        Component(
+            "strided",
+            "gsa_plugins.indexer.positional:StridedIndexer",
+            c.StridedIndexerConfig,
+            "Control: every n-th block (arXiv 1904.10509); nothing to learn",
+        ),
     ]
 
 

@@ -1,45 +1,52 @@
 """Lightning indexers: cheap scores of every key for every query, one key vector per position."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from gsa_kernels.index_score.api import BLOCK_SCORES, IndexFactors
+from gsa_kernels.index_score.api import ACTIVATIONS, BLOCK_SCORES, IndexFactors
 from gsa_kernels.selection import SelectionSpec
 from gsa_platform.contracts import LayerDims, Sequence
 from gsa_platform.model.flops import indexer_scoring_flops
 from gsa_platform.model.rope import RotaryTable, apply_rotary
 
-from ..configs import GatedLightningConfig, ReluLightningConfig
+from ..configs import GatedLightningConfig, LightningConfig, ReluLightningConfig
 from .base import BlockIndexer
 
 SCALES = ("rsqrt", "none")
 
 
 class LightningIndexer(BlockIndexer):
-    """What both forms share: projections of queries, keys and head weights, and selection.
+    """What all of them share: projections of queries, keys and head weights, and their scores
+
+        sigmoid   I[t,s] = sum_j sigmoid(x_t w_j + c_j) sigmoid(q[t,j] . k[s] * scale + b_j)
+        relu      I[t,s] = sum_j (x_t w_j + c_j) relu(q[t,j] . k[s] * scale)
 
     Projections start with standard deviation 1/sqrt(d_model), so that index logits of normalised
-    inputs have unit variance and no sigmoid starts saturated.
+    inputs have unit variance and no sigmoid starts saturated. Raises ValueError for a setting
+    that does not exist.
     """
-
-    activation: str
 
     def __init__(
         self,
-        config: GatedLightningConfig | ReluLightningConfig,
+        config: LightningConfig,
         dims: LayerDims,
-        weight_bias: bool,
-        head_bias: bool,
+        activation: str,
+        block_score: str = "mean",
+        weight_bias: bool = True,
+        head_bias: bool = True,
     ) -> None:
         super().__init__()
-        if config.block_score not in BLOCK_SCORES:
-            raise ValueError(
-                f"indexer.block_score={config.block_score!r}: choose {' or '.join(BLOCK_SCORES)}"
-            )
-        if config.scale not in SCALES:
-            raise ValueError(f"indexer.scale={config.scale!r}: choose {' or '.join(SCALES)}")
+        for name, value, choices in (
+            ("block_score", block_score, BLOCK_SCORES),
+            ("activation", activation, ACTIVATIONS),
+            ("scale", config.scale, SCALES),
+        ):
+            if value not in choices:
+                raise ValueError(f"indexer.{name}={value!r}: choose {' or '.join(choices)}")
         self.heads, self.dim = config.heads, config.dim
-        self.block_score = config.block_score
+        self.activation, self.block_score = activation, block_score
         self.scale = config.dim**-0.5 if config.scale == "rsqrt" else 1.0
         self.rotary = RotaryTable(config.dim, dims.rope_theta) if config.rope else None
         self.q_proj = nn.Linear(dims.d_model, self.heads * self.dim, bias=False)
@@ -54,12 +61,18 @@ class LightningIndexer(BlockIndexer):
             nn.init.normal_(proj.weight, std=std)
         nn.init.normal_(self.weight_proj.weight, std=0.1 * std)
         if self.weight_proj.bias is not None:
-            nn.init.zeros_(self.weight_proj.bias)
+            # Signed weights around zero would start as noise: all ReLU heads begin at weight 1.
+            nn.init.constant_(self.weight_proj.bias, float(self.activation == "relu"))
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
     def head_weights(self, x_BTD: Tensor) -> Tensor:
-        raise NotImplementedError
+        weight = self.weight_proj(x_BTD)
+        return weight.sigmoid() if self.activation == "sigmoid" else weight
+
+    def factors(self, **parts: Any) -> IndexFactors:
+        """The score function, from the fields that all of them have."""
+        return IndexFactors(**parts)
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> IndexFactors:
         batch, queries, _ = x_BTD.shape
@@ -70,15 +83,15 @@ class LightningIndexer(BlockIndexer):
             cos, sin = self.rotary.cos_sin(position)
             q = apply_rotary(q, cos, sin)
             k = apply_rotary(k[:, :, None], cos, sin)[:, :, 0]
-        return IndexFactors(
-            q,
-            k,
-            self.head_weights(x_BTD),
-            self.head_bias,
-            self.scale,
-            self.activation,
-            self.block_score,
-            spec.heads,
+        return self.factors(
+            q_BTJI=q,
+            k_BSI=k,
+            weight_BTJ=self.head_weights(x_BTD),
+            bias_J=self.head_bias,
+            scale=self.scale,
+            activation=self.activation,
+            block_score=self.block_score,
+            heads=spec.heads,
             q_start=seq.q_start,
         )
 
@@ -91,33 +104,18 @@ class LightningIndexer(BlockIndexer):
 
 
 class GatedLightningIndexer(LightningIndexer):
-    """I[t,s] = sum_j sigmoid(x_t w_j + c_j) sigmoid(q[t,j] . k[s] * scale + b_j), in (0, J).
+    """The sigmoid form (arXiv 2601.15305); its scores lie in (0, J).
 
     The paper's figure has no scale and no c_j (scale=none, weight_bias=false); its code has both.
     """
 
-    activation = "sigmoid"
-
     def __init__(self, config: GatedLightningConfig, dims: LayerDims) -> None:
-        super().__init__(config, dims, config.weight_bias, config.head_bias)
-
-    def head_weights(self, x_BTD: Tensor) -> Tensor:
-        return self.weight_proj(x_BTD).sigmoid()
+        biases = (config.weight_bias, config.head_bias)
+        super().__init__(config, dims, "sigmoid", config.block_score, *biases)
 
 
 class ReluLightningIndexer(LightningIndexer):
-    """I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s] * scale), w linear in x (DeepSeek-V3.2)."""
-
-    activation = "relu"
+    """The ReLU form, w linear in x (DeepSeek-V3.2)."""
 
     def __init__(self, config: ReluLightningConfig, dims: LayerDims) -> None:
-        super().__init__(config, dims, weight_bias=True, head_bias=False)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        # Signed weights around zero would start as noise: all heads begin with weight 1.
-        assert self.weight_proj.bias is not None
-        nn.init.ones_(self.weight_proj.bias)
-
-    def head_weights(self, x_BTD: Tensor) -> Tensor:
-        return self.weight_proj(x_BTD)
+        super().__init__(config, dims, "relu", config.block_score, head_bias=False)
