@@ -113,6 +113,56 @@ class AdaptiveVarianceConfig:
 
 
 @dataclass
+class AdaptiveEntropyConfig:
+    name: str = "adaptive_entropy"
+    k: int = 2048  # budget at average entropy, window and sinks included
+    k_min: int = 256
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+    sign: str = "increasing"  # budget as the entropy grows: increasing or decreasing
+    form: str = "ratio"  # ratio or logistic, of the distance from equal scores to its mean
+    temperature: float = 1.0
+    decay: float = 0.99
+
+
+@dataclass
+class TopPConfig:
+    name: str = "top_p"
+    p: float = 0.8  # share of the summed candidate scores that the chosen ones hold
+    k_min: int = 256  # bounds of the budget, window and sinks included
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+
+
+@dataclass
+class LearnedBudgetConfig:
+    name: str = "learned"
+    k: int = 2048  # every query's budget before it learns, window and sinks included
+    k_min: int = 256
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+    mass: float = 0.9  # share of the dense attention that a budget should cover
+    quantile: float = 0.5  # share of the queries whose budget should reach that
+    hidden: int = 16  # width of its network
+    rows: int = 4  # query tiles per sequence that it learns from, different ones every step
+    weight: float = 1.0  # of its loss beside the language model's
+
+
+@dataclass
+class ScheduledBudgetConfig:
+    name: str = "scheduled"
+    k: int = 2048  # keys in the end, and always outside training, window and sinks included
+    k_start: int = 0  # keys at step 0; 0: the whole context
+    steps: int = 1000  # optimizer steps until k
+    shape: str = "cosine"  # of the way from k_start to k: linear or cosine
+    window: int = 128
+    sinks: int = 64
+
+
+@dataclass
 class NoGateConfig:
     name: str = "none"
 

@@ -73,6 +73,30 @@ def gsa_register_sparsity() -> list[Component]:
             c.AdaptiveVarianceConfig,
             "Budget from the variance of a query's own index scores (arXiv 2601.15305, Eq. 8)",
         ),
+        Component(
+            "adaptive_entropy",
+            "gsa_plugins.sparsity.adaptive_entropy:AdaptiveEntropyBudget",
+            c.AdaptiveEntropyConfig,
+            "Budget from the entropy of a query's own index scores",
+        ),
+        Component(
+            "top_p",
+            "gsa_plugins.sparsity.top_p:TopPBudget",
+            c.TopPConfig,
+            "As many keys as hold a share p of the summed index scores",
+        ),
+        Component(
+            "learned",
+            "gsa_plugins.sparsity.learned:LearnedBudget",
+            c.LearnedBudgetConfig,
+            "Budget from a network that learns what covers a share of the dense attention",
+        ),
+        Component(
+            "scheduled",
+            "gsa_plugins.sparsity.scheduled:ScheduledBudget",
+            c.ScheduledBudgetConfig,
+            "A budget that shrinks over training, from dense to sparse",
+        ),
     ]
 
 
