@@ -206,3 +206,9 @@ class BiasObjectiveConfig:
     name: str = "bias"
     beta: float = 1.0  # attention logits of selected keys gain beta * log(score)
     detach: bool = False
+
+
+@dataclass
+class KlBiasObjectiveConfig(KlObjectiveConfig):
+    name: str = "kl_bias"
+    beta: float = 1.0  # attention logits of selected keys gain beta * log(score)

@@ -141,4 +141,10 @@ def gsa_register_objective() -> list[Component]:
             c.BiasObjectiveConfig,
             "beta * log(score) on the attention logits: the model's own loss trains the indexer",
         ),
+        Component(
+            "kl_bias",
+            "gsa_plugins.objective.kl_bias:KlBiasObjective",
+            c.KlBiasObjectiveConfig,
+            "Both: the KL to the unbiased attention, and log(score) on the logits",
+        ),
     ]

@@ -2,5 +2,6 @@
 
 from .bias import BiasObjective
 from .kl import KlObjective
+from .kl_bias import KlBiasObjective
 
-__all__ = ["BiasObjective", "KlObjective"]
+__all__ = ["BiasObjective", "KlBiasObjective", "KlObjective"]
