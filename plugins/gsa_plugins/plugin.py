@@ -4,8 +4,10 @@ from typing import Any
 
 from gsa_platform import Capabilities, Component, hookimpl
 from gsa_platform.errors import UserError, suggest
+from gsa_platform.registry import SLOTS
 
 from . import configs as c
+from .checks import problems
 from .records import (
     gsa_register_gate,
     gsa_register_indexer,
@@ -42,8 +44,11 @@ CHOICES = {
     ("attention", "selection_heads"): ("shared", "kv"),
     ("indexer", "scale"): ("rsqrt", "none"),
     ("indexer", "block_score"): ("mean", "max"),
+    ("indexer", "activation"): ("sigmoid", "relu"),
+    ("indexer", "pooling"): ("mean", "max"),
     ("sparsity", "sign"): ("decreasing", "increasing"),
     ("sparsity", "form"): ("ratio", "logistic"),
+    ("sparsity", "shape"): ("linear", "cosine"),
     ("gate", "granularity"): ("elementwise", "headwise"),
     ("gate", "activation"): ("sigmoid", "silu", "tanh"),
     ("objective", "distribution"): ("softmax", "log"),
@@ -60,29 +65,9 @@ def gsa_validate(config: Any) -> None:
                 f"{slot}.{key}={value} is not one of {', '.join(choices)}."
                 f"{suggest(str(value), choices)}"
             )
-    attention, indexer, sparsity, objective = (
-        config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
-    )
-    if attention.name == "gsa" and attention.selection_heads == "kv":
-        kv_heads = config.model.n_kv_heads
-        if _ours("indexer", indexer.name) and indexer.get("heads", kv_heads) % kv_heads:
-            raise UserError(
-                f"attention.selection_heads=kv splits the index heads over {kv_heads} key-value "
-                f"heads: indexer.heads={indexer.heads} is not a multiple of {kv_heads}"
-            )
-    if sparsity.name == "adaptive_variance" and not sparsity.k_min <= sparsity.k <= sparsity.k_max:
-        raise UserError(
-            f"sparsity.k={sparsity.k} must lie between sparsity.k_min={sparsity.k_min} and "
-            f"sparsity.k_max={sparsity.k_max}"
-        )
-    if objective.name == "kl" and objective.dense_rows == 0:
-        if not objective.selected:
-            raise UserError(
-                "objective kl has nothing to learn from: set objective.selected=true or "
-                "objective.dense_rows above 0"
-            )
-        if objective.warmup_steps:
-            raise UserError("objective.warmup_steps needs objective.dense_rows above 0")
+    ours = {slot for slot in SLOTS if _ours(slot, config[slot].name)}
+    if found := list(problems(config, ours)):
+        raise UserError("\n".join(found))
 
 
 def _ours(slot: str, name: str) -> bool:
