@@ -257,3 +257,17 @@ def test_single_queries_hold_no_quadratic_tensor(name, monkeypatch):
     overrides = [x for x in overrides if "pool" not in x or name in ("pooled", "coarse")]
     short, long = (largest_tensor(n, *overrides) for n in (1024, 2048))
     assert long < 3 * short and long < 2048 * 2048 // 4
+
+
+@every_case
+def test_mixed_precision_trains(case):
+    model = model_of(case).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens())
+        loss = out.hidden_BTD.float().square().mean()
+        for r in out.reports:
+            loss = loss + sum(x for x in (r.index_loss, r.budget_loss) if x is not None)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
