@@ -29,7 +29,7 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
     model: the built Transformer (on any device), which knows the granularity in use.
     """
     n_sparse = sparse_layers(cfg)
-    budget = cfg.sparsity.get("k")
+    budget = cfg.sparsity.get("k", cfg.sparsity.get("k_max"))
     if keys is None and budget is not None:
         keys = mean_keys(cfg.context, budget)
     indexer = 0

@@ -194,10 +194,15 @@ def _gate_summary(name: str, gate: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _mean_statistics(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean of each over the tiles that had anything to choose from."""
-    if "count" not in statistics:
-        return {n: s.float().mean((0, 1, 2)) for n, s in statistics.items()}
-    known = statistics["count"] > 0
-    return {n: s.float()[known].sum(0) / known.sum().clamp_min(1) for n, s in statistics.items()}
+    count = statistics.get("count")
+    if count is None:
+        return {name: value.float().mean((0, 1, 2)) for name, value in statistics.items()}
+    known = count > 0
+    found = {}
+    for name, value in statistics.items():
+        weight = known.view(*known.shape, *[1] * (value.ndim - known.ndim))
+        found[name] = (value.float() * weight).sum((0, 1, 2)) / known.sum().clamp_min(1)
+    return found
 
 
 @torch.compiler.disable

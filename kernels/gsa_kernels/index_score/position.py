@@ -89,11 +89,11 @@ class StridedScores(_PositionScores):
 
     def at_positions(self, head: Tensor, anchor: Tensor, block: Tensor, block_keys: int) -> Tensor:
         block = block.clamp_min(0)
+        order = 1 - _reversed_bits(torch.arange(block.shape[-1], device=block.device))
         if self.stride < 2:
-            return 1 - _reversed_bits(block)
+            return order[block]
         on = block % self.stride == 0
-        order = 1 - _reversed_bits(torch.where(on, block // self.stride, block))
-        return (order + on) / 2
+        return (order[torch.where(on, block // self.stride, block)] + on) / 2
 
 
 def _mix(x: Tensor) -> Tensor:
