@@ -131,7 +131,7 @@ def _attention(r: Mapping[str, Any]) -> list[Row]:
             ("Keys attended", keys),
             ("Selection recall", recall),
             ("First-token share", _first_token(r)),
-            ("Mean gate (0 to 1)", _join([value, output])),
+            ("Mean gate", _join([value, output])),
         ]
     )
 

@@ -33,7 +33,8 @@ def tile_probability(
     q = q_BTHE[:, low - layout.q_start : high - layout.q_start].to(dtype) * width**-0.5
     q = q.view(batch, -1, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
     k = k_BSKE[:, :high].to(dtype).permute(0, 2, 3, 1)[:, :, None]
-    logits = q @ k
+    with torch.autocast(q.device.type, enabled=False):  # a target of 8 bits would be noise
+        logits = q @ k
     key = torch.arange(high, device=q.device)
     keep = (key <= position[:, None])[None, None]
     if doc_start_BS is not None:
