@@ -24,7 +24,7 @@ def tile_probability(
 
     S' is the tile's last query + 1. mask_BHRS restricts the softmax to a selection.
     """
-    anchor, r = int(layout.anchor_Q[tile]), layout.spec.query_tile
+    anchor, r = layout.anchor(tile), layout.spec.query_tile
     low, high = max(anchor, layout.q_start), min(anchor + r, layout.q_start + layout.n_queries)
     position = torch.arange(low, high, device=q_BTHE.device)
     batch, _, heads, width = q_BTHE.shape
@@ -139,7 +139,7 @@ def _compare(
     """Append what the tile's selection covers of the dense mass on its candidates."""
     spec = layout.spec
     c = spec.key_block
-    n_blocks = max(0, int(layout.anchor_Q[tile]) - spec.window + 1) // c
+    n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c
     chosen = selection.blocks_BHQN[:, :, tile].long()
     if n_blocks == 0 or chosen.shape[-1] == 0:
         return

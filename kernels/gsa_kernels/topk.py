@@ -18,11 +18,11 @@ def comparable(scores: Tensor) -> Tensor:
 def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
     """[..., width] int32 columns of the `wanted` largest scores, ascending, padded with -1.
 
-    Ties go to the lowest column; -inf is never chosen. Raises ValueError on NaN.
+    Ties go to the lowest column; -inf is never chosen. Raises ValueError on NaN (a CUDA device
+    asserts instead, since the host does not wait for it).
     """
     best = scores.topk(width, -1).values
-    if best.isnan().any():
-        raise ValueError("index scores are not finite (NaN): lower the learning rate")
+    _refuse_nan(best)
     wanted = torch.minimum(wanted, (best > -torch.inf).sum(-1))
     threshold = best.gather(-1, (wanted - 1).clamp_min(0)[..., None])
     above = scores > threshold
@@ -35,3 +35,12 @@ def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
     place = place.masked_fill(~keep, width)
     out.scatter_(-1, place, column.expand_as(scores))
     return out[..., :width]
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    text = "index scores are not finite (NaN): lower the learning rate"
+    bad = scores.isnan().any()
+    if scores.device.type == "cuda":
+        torch._assert_async(~bad, text)
+    elif bad:
+        raise ValueError(text)

@@ -76,7 +76,7 @@ class BlockScores:
         """How many tiles from `tile` on to score in one chunk."""
         c, r = layout.spec.key_block, layout.spec.query_tile
         # Most tiles n whose n rows of keys up to the last one's reach, n (reach + n R), fit.
-        reach = int(layout.anchor_Q[tile]) + 1
+        reach = layout.anchor(tile) + 1
         room = _CHUNK[self.k_BSI.device.type] * c // (self.k_BSI.shape[0] * self.elements(c))
         return max(1, (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r))
 

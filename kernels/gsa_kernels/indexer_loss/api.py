@@ -84,7 +84,7 @@ def dense_kl(
     total = factors.k_BSI.new_zeros(())
     weight = total
     for tile in tiles.tolist():
-        n_blocks = max(0, int(layout.anchor_Q[tile]) - spec.window + 1) // c
+        n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c
         if n_blocks < 2:
             continue
         part = slice(tile, tile + 1)

@@ -46,7 +46,7 @@ def select(
     while tile < layout.n_tiles:
         stop = min(layout.n_tiles, tile + factors.tiles_at_once(layout, tile))
         part = slice(tile, stop)
-        n_blocks = max(0, (int(layout.anchor_Q[stop - 1]) - spec.window + 1)) // c
+        n_blocks = max(0, layout.anchor(stop - 1) - spec.window + 1) // c
         shape = (batch, heads, stop - tile)
         if n_blocks:
             scored = factors.scored(layout, part, n_blocks, prepared)
@@ -74,7 +74,9 @@ def blocks_wanted(
     device: torch.device,
 ) -> Tensor:
     """[B, H, tiles] blocks to choose for budgets in keys, never more than the list is wide."""
-    keys = torch.as_tensor(keys, device=device).expand(shape)
+    if isinstance(keys, int):
+        keys = torch.full(shape, keys, device=device)
+    keys = keys.to(device).expand(shape)
     left = (keys - spec.window - spec.sink_keys).clamp_min(0) // spec.key_block
     return left.clamp_max(width)
 
