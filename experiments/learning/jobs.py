@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +37,30 @@ class Job:
     def command(self) -> list[str]:
         return ["-m", "gsa_platform", *self.overrides, f"seed={self.seed}", f"name={self.name}"]
 
+    def text(self) -> str:
+        return "python " + shlex.join(self.command())
 
-def run_all(jobs: list[Job], root: Path, parallel: int, device: str) -> list[dict[str, Any]]:
-    """The record of each job, in order. A job that fails has an `error` and no history."""
+
+def run_all(
+    jobs: list[Job], root: Path, parallel: int, device: str, resume: bool = False
+) -> list[dict[str, Any]]:
+    """The record of each job, in order. A job that fails has an `error` and no history.
+
+    Records are also kept as root/NAME.json; resume takes those of the same command from there.
+    """
     cores = max(1, (os.cpu_count() or 1) // parallel)
     # Each process would otherwise take every core, and they would wait for one another.
     environ = os.environ | ({"OMP_NUM_THREADS": str(cores)} if device == "cpu" else {})
+    root.mkdir(parents=True, exist_ok=True)
     done = 0
 
     def one(job: Job) -> dict[str, Any]:
         nonlocal done
-        record = _run(job, root, environ)
+        kept = root / f"{job.name}.json"
+        record = json.loads(kept.read_text()) if resume and kept.exists() else {}
+        if "history" not in record or record["command"] != job.text():
+            record = _run(job, root, environ)
+            kept.write_text(json.dumps(record, indent=1) + "\n")
         done += 1
         print(f"[{done}/{len(jobs)}] {describe(record)}", flush=True)
         return record
@@ -58,7 +70,6 @@ def run_all(jobs: list[Job], root: Path, parallel: int, device: str) -> list[dic
 
 
 def _run(job: Job, root: Path, environ: dict[str, str]) -> dict[str, Any]:
-    root.mkdir(parents=True, exist_ok=True)
     log = root / f"{job.name}.log"
     command = [*job.command(), f"output_root={root}"]
     began = time.time()
@@ -69,7 +80,7 @@ def _run(job: Job, root: Path, environ: dict[str, str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "arm": job.arm,
         "seed": job.seed,
-        "command": "python " + shlex.join(job.command()),
+        "command": job.text(),
         "seconds": round(time.time() - began, 1),
     }
     if code:
@@ -79,7 +90,8 @@ def _run(job: Job, root: Path, environ: dict[str, str]) -> dict[str, Any]:
     return record | {"history": history(folder / "metrics.jsonl")}
 
 
-_modified: Callable[[Path], float] = lambda path: path.stat().st_mtime  # noqa: E731
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def history(path: Path) -> list[dict[str, float]]:

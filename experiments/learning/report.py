@@ -100,7 +100,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     mean = [statistics.mean(best[s]) for s in sorted(best)]
     left.plot(sorted(best), mean, "k:", label="best possible (mean of the arms)")
     left.set(xlabel="training steps", ylabel="recall of dense attention mass on candidates")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=5)
     equal = report["study"] == "indexers"  # equal keys: the arms themselves are the axis
     for i, (arm, runs) in enumerate(arms.items()):
         last = [run["history"][-1] for run in runs]

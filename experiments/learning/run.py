@@ -36,18 +36,19 @@ def main() -> int:
     if unknown := [a for a in arms if a not in known]:
         raise SystemExit(f"unknown arms {', '.join(unknown)}; there are {', '.join(known)}")
     common = [*settings(args), *extra]
+    made = sources(args)  # before the runs, which may outlast a commit
     if args.study == "indexers":
         jobs = [indexer_job(arm, seed, common, args.k) for seed in args.seeds for arm in arms]
-        runs, matching = run_all(jobs, args.runs, args.parallel, args.device), []
+        runs, matching = run(args, jobs), []
     else:
         runs, matching = matched(args, arms, common)
     path = args.out / f"{args.name or args.study}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = origin(args) | {"matching": matching, "runs": runs}
+    made |= {"device": device(args.device), "matching": matching, "runs": runs}
     path.write_text(json.dumps(made, indent=1) + "\n")
     print(report.write(path))
     print(f"written {path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}")
-    return 1 if any("error" in run for run in runs) else 0
+    return 1 if any("error" in record for record in runs) else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=2, help="budgets: re-runs to match mean keys")
     p.add_argument("--tolerance", type=float, default=0.03, help="of the mean keys")
     p.add_argument("--runs", type=Path, default=Path("runs/learning"), help="run folders go here")
+    p.add_argument("--resume", action="store_true", help="keep finished runs of equal command")
     p.add_argument("--out", type=Path, default=HERE, help="results go here")
     p.add_argument("--commit", help="to record, where the sources are no git checkout")
     p.add_argument("--name", help="of the result files; default: the study")
@@ -114,6 +116,10 @@ def indexer_job(arm: str, seed: int, common: list[str], k: int) -> Job:
     return Job(arm, seed, f"{arm}_{seed}", chosen)
 
 
+def run(args: argparse.Namespace, jobs: list[Job]) -> list[dict[str, Any]]:
+    return run_all(jobs, args.runs, args.parallel, args.device, args.resume)
+
+
 def matched(
     args: argparse.Namespace, arms: list[str], common: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -130,10 +136,10 @@ def matched(
             for seed in args.seeds
             for arm in todo
         ]
-        for job, run in zip(jobs, run_all(jobs, args.runs, args.parallel, args.device)):
+        for job, record in zip(jobs, run(args, jobs)):
             if job.seed == args.seeds[0]:
                 latest[job.arm] = []
-            latest[job.arm].append(run)
+            latest[job.arm].append(record)
         means = {arm: keys(latest[arm]) for arm in arms}
         rounds.append({"k": dict(k), "keys_mean": means})
         target = means["fixed"]
@@ -146,7 +152,7 @@ def matched(
         for arm in todo:
             seen[arm][k[arm]] = off[arm]
             k[arm] = next_k(seen[arm], k[arm], target)
-    return [run for arm in arms for run in latest[arm]], rounds
+    return [record for arm in arms for record in latest[arm]], rounds
 
 
 def overrides(arm: str, k: int) -> list[str]:
@@ -172,22 +178,26 @@ def next_k(seen: dict[int, float], k: int, target: float) -> int:
     return forced + max(1, round((found - forced) / BLOCK)) * BLOCK
 
 
-def origin(args: argparse.Namespace) -> dict[str, Any]:
-    """Where the numbers come from."""
-    import torch
-
-    from gsa_platform.diagnostics.device import device_name
+def sources(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers are made with."""
     from gsa_platform.tracking.environment import git_state, versions
 
     state = git_state()
     return {
         "study": args.study,
         "command": shlex.join(["python", "experiments/learning/run.py", *sys.argv[1:]]),
-        "device": device_name(torch.device(args.device)),
         "versions": versions(),
         "commit": args.commit or (state.commit if state else None),
         "dirty": bool(state and state.dirty),
     }
+
+
+def device(kind: str) -> str:
+    import torch
+
+    from gsa_platform.diagnostics.device import device_name
+
+    return device_name(torch.device(kind))
 
 
 if __name__ == "__main__":
