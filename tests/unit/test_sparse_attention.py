@@ -210,3 +210,13 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch):
     name, why = choose("auto", torch.device("cpu"))
     assert name == "eager" and "because" in why
     assert choose("reference", torch.device("cpu")) == ("reference", "asked for")
+
+
+def test_autocast_does_not_lower_the_precision():
+    selection = make_selection(100, (4, 16))
+    low = inputs(selection, dtype=torch.bfloat16)
+    plain = run(selection, low)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = run(selection, low)
+    for name, value in plain.items():
+        assert torch.equal(again[name], value), name
