@@ -180,6 +180,24 @@ def test_variants_train(
         assert slots in capfd.readouterr().out
 
 
+def test_a_local_hugging_face_data_set_trains(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf-cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    rows = [{"body": f"document {i}: " + "some words " * 60} for i in range(30)]
+    (tmp_path / "corpus").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "corpus" / "train.jsonl").write_text(lines)
+    data = ("data=hf", "data.path=corpus", "data.column=body")
+    cfg = compose.load([*SMALL, "train.steps=2", "tracking=none", *data])
+    validate(cfg)
+    assert launch(cfg)["status"] == "FINISHED"
+    assert "hf: 30 documents" in capfd.readouterr().out
+
+
 BROKEN = """
 from dataclasses import dataclass
 from gsa_platform import Component, hookimpl
