@@ -150,8 +150,10 @@ class LanguageModel(L.LightningModule):
         values = {"loss": float(self.val_nll.compute())}
         values["perplexity"] = float(self.val_nll.perplexity())
         values |= self.observer.compute()
-        self.log_dict({f"val/{k}": v for k, v in values.items()})
-        self.val_history.append({"step": float(self.global_step), **values})
+        step = float(self.global_step)
+        # "step" is where Lightning logs; its own count is one short inside fit.
+        self.log_dict({"step": step} | {f"val/{k}": v for k, v in values.items()})
+        self.val_history.append({"step": step, **values})
         self.first_token_layers = self.observer.layers_first_token()
         self.val_nll.reset()
         self.observer.reset()

@@ -51,7 +51,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if not resuming:
         trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
-    trainer.validate(module, data, verbose=False)
+    validated = module.val_history[-1]["step"] if module.val_history else None
+    if validated != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
     device = trainer.strategy.root_device
     peak = peak_memory_gb(device)
     cost = {}
@@ -117,6 +119,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         limit_val_batches=1.0,
         log_every_n_steps=n.log_every,
         num_sanity_val_steps=0,
+        # Metrics reset in inference mode could not be updated by the validations inside fit.
+        inference_mode=False,
         logger=build_loggers(cfg),
         callbacks=callbacks,
         enable_progress_bar=bool(bar),

@@ -180,6 +180,25 @@ def test_variants_train(
         assert slots in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(("steps", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
+def test_validation_during_training(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    validated: list[int],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    accumulated = (f"train.steps={steps}", "train.val_every=2", "train.accumulate=2")
+    cfg = compose.load([*SMALL, "tracking=none", *accumulated])
+    validate(cfg)
+    launch(cfg)
+    (run,) = run_folders(tmp_path)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == validated
+
+
 def test_a_local_hugging_face_data_set_trains(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
