@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -25,17 +24,13 @@ CONFIG_KEY = "gsa_platform"  # where a checkpoint keeps the plain configuration 
 class LanguageModel(L.LightningModule):
     """Next-token prediction with the indexer's objective beside it."""
 
-    run_model: Callable[..., ModelOutput]
-
     def __init__(self, cfg: Any, vocab_size: int, registry: Registry) -> None:
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
         self.model = Transformer(cfg, vocab_size, registry)
         self.freeze_untrained()
-        # The inner model, not this module: `self.log` inside a compiled module breaks.
-        # A plain attribute keeps checkpoints free of the compiler's prefix.
-        run = torch.compile(self.model) if cfg.train.compile else self.model
-        object.__setattr__(self, "run_model", run)
+        if cfg.train.compile:
+            self.model.compile_blocks()
         self.val_nll = TokenNLL()
         self.observer = AttentionObserver(cfg.model.n_layers, cfg.context)
         self.val_history: list[dict[str, float]] = []
@@ -58,7 +53,7 @@ class LanguageModel(L.LightningModule):
     ) -> tuple[Tensor, Tensor, ModelOutput]:
         """(summed NLL, scored tokens, model output) of a batch."""
         docs = None if self.cfg.data.cross_document else batch["doc_start_BT"]
-        out = self.run_model(batch["tokens_BT"], docs, int(self.global_step), None, probe)
+        out = self.model(batch["tokens_BT"], docs, int(self.global_step), None, probe)
         nll, n = chunked_cross_entropy(
             out.hidden_BTD.flatten(0, 1),
             self.model.head_weight_VD,
@@ -138,7 +133,9 @@ class LanguageModel(L.LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
-        nll, n, out = self.losses(batch, probe=True)
+        # Compiling the model a second time, for validation, costs more than a few batches save.
+        with torch.compiler.set_stance("force_eager"):
+            nll, n, out = self.losses(batch, probe=True)
         self.val_nll.update(nll, n)
         position = torch.arange(batch["tokens_BT"].shape[1], device=nll.device)
         start = 0 if self.cfg.data.cross_document else batch["doc_start_BT"]

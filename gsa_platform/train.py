@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from gsa_platform import registry
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
-from gsa_platform.diagnostics.device import device_name, peak_memory_gb
+from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
 from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
 from gsa_platform.progress import progress_callback, say
@@ -44,6 +44,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         chosen = module.model.describe(trainer.strategy.root_device.type)
     except ValueError as error:  # an implementation asked for by name cannot run here
         raise UserError(f"attention={cfg.attention.name}: {error}") from error
+    if cfg.train.compile:
+        check_compiler(trainer.strategy.root_device)
     if trainer.is_global_zero:
         for line in opening_lines(cfg, data, module, trainer, chosen):
             say(line)

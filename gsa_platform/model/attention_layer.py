@@ -84,6 +84,12 @@ class AttentionLayer(nn.Module):
         )
         self.gate, self.objective = parts.gate, parts.objective
 
+    def warming_up(self, seq: Sequence) -> bool:
+        """Whether this step attends densely while the indexer warms up."""
+        return (
+            self.indexer is not None and self.objective is not None and self.objective.dense(seq)
+        )
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -91,7 +97,9 @@ class AttentionLayer(nn.Module):
         seq: Sequence,
         cache: LayerCache | None = None,
         probe: bool = False,
+        warm_up: bool = False,
     ) -> tuple[Tensor, LayerReport]:
+        """warm_up: attend to every key, as `warming_up` says of this step."""
         q, k, v = self._qkv(x_BTD, rotary)
         report = LayerReport()
         gates = self.gate(x_BTD) if self.gate is not None else None
@@ -105,7 +113,7 @@ class AttentionLayer(nn.Module):
             out = self.attention(q, k, v, None, seq).out_BTHE
             selection = None
         else:
-            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report)
+            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report, warm_up)
         if probe:
             report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
             report.keys_BHT = None if selection is None else selection.attended_BHT()
@@ -136,6 +144,7 @@ class AttentionLayer(nn.Module):
         seq: Sequence,
         cache: LayerCache | None,
         report: LayerReport,
+        warm_up: bool,
     ) -> tuple[Tensor, Any]:
         assert self.indexer is not None and self.sparsity is not None
         objective = self.objective
@@ -145,7 +154,7 @@ class AttentionLayer(nn.Module):
         if cache is not None:
             cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
             factors = factors.with_keys(cache.index_k_BSI)
-        if objective is not None and objective.dense(seq):
+        if warm_up and objective is not None:
             out = self.attention(q, k, v, None, seq).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)
             return out, None

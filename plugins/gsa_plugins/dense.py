@@ -54,6 +54,8 @@ class DenseAttention(Attention):
     def describe(self, device_type: str) -> str:
         return f"dense: PyTorch SDPA, backend {self.backend}"
 
+    # Indexes by numbers read from tensors, which a compiler would guard on.
+    @torch.compiler.disable
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence
     ) -> dict[str, Tensor]:
@@ -90,6 +92,8 @@ def dense_attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, seq: Sequenc
     return torch.cat(pieces, 1)
 
 
+# Document lengths differ in every batch: compiled, they would be new shapes each time.
+@torch.compiler.disable
 def _by_document(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, seq: Sequence) -> Tensor:
     """One causal call per document of each sequence."""
     assert seq.doc_start_BS is not None
