@@ -37,7 +37,7 @@ class LanguageModel(L.LightningModule):
         self.loss_history: list[float] = []
         self.step_seconds: list[float] = []
         self._statistics: list[list[dict[str, Tensor]]] = []
-        self._step_loss: list[Tensor] = []
+        self._figures: list[dict[str, Tensor]] = []
         self._last_step_end: float | None = None
         self.first_token_layers: list[float] | None = None
 
@@ -83,23 +83,8 @@ class LanguageModel(L.LightningModule):
                         if p.requires_grad:
                             total = total + 0.0 * p.flatten()[0]
         self._statistics.append([r.statistics for r in out.reports])
-        self._log_step(loss.detach() / world if world > 1 else loss.detach(), index_losses, out)
+        self._figures.append(_figures(loss.detach(), index_losses, out))
         return total
-
-    def _log_step(self, loss: Tensor, index_losses: list[Tensor], out: ModelOutput) -> None:
-        """Logged means are over micro-batches and ranks, except the loss, which ranks add up."""
-        self._step_loss.append(loss)
-        if index_losses:
-            value = torch.stack([x.detach() for x in index_losses]).mean()
-            self.log("train/index_loss", value, sync_dist=True)
-        keys = [r.keys for r in out.reports if r.keys]
-        if keys:
-            self.log("attention/keys_mean", torch.stack([k["mean"] for k in keys]).mean())
-            self.log("attention/keys_max", torch.stack([k["max"] for k in keys]).max())
-        for gate in ("value_mean", "output_mean", "value_low", "output_low"):
-            values = [r.gates[gate] for r in out.reports if gate in r.gates]
-            if values:
-                self.log(f"gate/{gate}", torch.stack(values).mean())
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """After an optimizer step: running values of the controllers, and throughput."""
@@ -122,12 +107,11 @@ class LanguageModel(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_args: Any, **_kwargs: Any) -> None:
         """Runs once per optimizer step, before it: clip, and log the step's figures."""
         clip = self.cfg.optim.clip
-        loss = torch.stack(self._step_loss).mean()
-        self._step_loss = []
-        if self.trainer.world_size > 1:
-            dist.all_reduce(loss)
-        self.loss_history.append(float(loss))
-        self.log("train/loss", loss, prog_bar=True)
+        figures = _over_step(self._figures, self.trainer.world_size)
+        self._figures = []
+        self.loss_history.append(float(figures["train/loss"]))
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name == "train/loss")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip if clip else float("inf"))
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
@@ -168,6 +152,40 @@ class LanguageModel(L.LightningModule):
         # Plain containers only: checkpoints must load with weights_only=True.
         plain = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint[CONFIG_KEY] = {"config": plain, "vocab_size": self.vocab_size}
+
+
+GATE_FIGURES = ("value_mean", "output_mean", "value_low", "output_low")
+KEYS_MAX = "attention/keys_max"
+
+
+def _figures(loss: Tensor, index_losses: list[Tensor], out: ModelOutput) -> dict[str, Tensor]:
+    """What is logged of one micro-batch."""
+    figures = {"train/loss": loss}
+    if index_losses:
+        figures["train/index_loss"] = torch.stack([x.detach() for x in index_losses]).mean()
+    keys = [r.keys for r in out.reports if r.keys]
+    if keys:
+        figures["attention/keys_mean"] = torch.stack([k["mean"] for k in keys]).mean()
+        figures[KEYS_MAX] = torch.stack([k["max"] for k in keys]).max()
+    for gate in GATE_FIGURES:
+        values = [r.gates[gate] for r in out.reports if gate in r.gates]
+        if values:
+            figures[f"gate/{gate}"] = torch.stack(values).mean()
+    return figures
+
+
+def _over_step(micro: list[dict[str, Tensor]], world: int) -> dict[str, Tensor]:
+    """Means over the micro-batches of a step and the ranks; of keys_max the maximum."""
+    means = {n: torch.stack([m[n] for m in micro]).mean() for n in micro[0] if n != KEYS_MAX}
+    if world > 1:
+        summed = torch.stack([value.float() for value in means.values()])
+        dist.all_reduce(summed)
+        means = dict(zip(means, (summed / world).unbind()))
+    if KEYS_MAX in micro[0]:
+        means[KEYS_MAX] = torch.stack([m[KEYS_MAX] for m in micro]).max()
+        if world > 1:
+            dist.all_reduce(means[KEYS_MAX], dist.ReduceOp.MAX)
+    return means
 
 
 def _mean_statistics(micro: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:

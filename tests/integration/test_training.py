@@ -62,9 +62,13 @@ def mlflow_runs(folder: Path, name: str = "smoke") -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name(name).experiment_id]))
 
 
-def losses(run: Path) -> list[float]:
+def logged(run: Path, name: str) -> list[float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line[name] for line in lines if name in line]
+
+
+def losses(run: Path) -> list[float]:
+    return logged(run, "train/loss")
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +109,6 @@ def test_checkpoint_is_plain(smoke: tuple[Path, str]) -> None:
     assert config["model"]["d_model"] == OmegaConf.load(run / "config.yaml").model.d_model
 
 
-def test_two_devices_learn_as_one_with_their_batches(gsa: Gsa, tmp_path: Path) -> None:
-    curves = []
-    for devices, batch in ((1, 2), (2, 1)):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        settings = (f"trainer.devices={devices}", f"train.batch_size={batch}")
-        train(gsa, folder, "trainer.accelerator=cpu", *settings)
-        (run,) = run_folders(folder)
-        assert [r.info.status for r in mlflow_runs(folder)] == ["FINISHED"]
-        curves.append(losses(run))
-    assert len(curves[0]) == 3 and curves[1] == pytest.approx(curves[0], rel=1e-4)
-
-
 def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None:
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     straight.mkdir()
@@ -130,6 +121,31 @@ def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None
     assert again.info.run_id == first.info.run_id and again.info.status == "FINISHED"
     (one,), (two,) = run_folders(straight), run_folders(halves)
     assert len(losses(two)) == 4 and losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_two_devices_accumulate_and_resume_as_one_straight_run(gsa: Gsa, tmp_path: Path) -> None:
+    common = ("trainer.accelerator=cpu", "optim.schedule=constant", "train.accumulate=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    train(gsa, one, *common, "train.batch_size=2", "train.steps=4")
+    train(gsa, two, *common, "trainer.devices=2", "train.steps=2")
+    train(gsa, two, *common, "trainer.devices=2", "train.steps=4", "train.resume=auto")
+    (alone,), (together,) = run_folders(one), run_folders(two)
+    assert [r.info.status for r in mlflow_runs(two)] == ["FINISHED"]
+    for name in ("train/loss", "train/index_loss", "train/grad_norm", "gate/value_mean"):
+        expected = logged(alone, name)
+        assert len(expected) == 4
+        assert logged(together, name) == pytest.approx(expected, rel=1e-3), name
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    for name in ("attention/keys_mean", "attention/keys_max"):
+        assert logged(together, name) == logged(alone, name)
+    weights = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (alone, together)
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_sweep(gsa: Gsa, tmp_path: Path) -> None:
