@@ -132,7 +132,9 @@ class AttentionLayer(nn.Module):
         k = self.k_proj(x_BTD).unflatten(-1, width)
         v = self.v_proj(x_BTD).unflatten(-1, width)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            # In the weight's precision: a mixture of both has no fused kernel.
+            high = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(high)).to(v.dtype), self.k_norm(k.to(high)).to(v.dtype)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def _select_and_attend(
