@@ -183,7 +183,10 @@ class Transformer(nn.Module):
         lines: dict[str, list[int]] = {}
         for i, block in enumerate(self.blocks):
             lines.setdefault(block.attention.attention.describe(device_type), []).append(i)
-        return [f"layers {_ranges(layers)}: {line}" for line, layers in lines.items()]
+        return [
+            f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}: {line}"
+            for line, layers in lines.items()
+        ]
 
 
 def ffn_width(d_model: int, ffn_dim: int) -> int:
