@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from gsa_platform import registry
+from gsa_platform.checkpoints import LastCheckpoint, check_checkpoint
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
@@ -37,8 +38,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data.prepare_data()
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
-    if cfg.train.resume is not None:
-        check_checkpoint(module, Path(cfg.train.resume))
+    resumed_at = check_checkpoint(module, Path(cfg.train.resume)) if cfg.train.resume else None
     trainer = build_trainer(cfg)
     try:
         chosen = module.model.describe(trainer.strategy.root_device.type)
@@ -49,6 +49,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         for line in opening_lines(cfg, data, module, trainer, chosen):
             say(line)
+        if cfg.train.resume:
+            say(resume_line(cfg, resumed_at))
     resuming = cfg.train.resume is not None
     if not resuming:
         trainer.validate(module, data, verbose=False)
@@ -74,36 +76,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def check_checkpoint(module: LanguageModel, path: Path) -> None:
-    """Raise UserError if the weights in a checkpoint file do not fit the configured model."""
-    if path.is_dir():
-        return  # sharded
-    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    own = module.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (weights, own))
-        if old != new:
-            raise UserError(
-                f"train.resume={path} holds another model: {name} is {old} there and {new} here. "
-                "Type the model and component settings of its config.yaml, or leave out "
-                "train.resume."
-            )
-
-
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The Lightning Trainer of this worker; several devices train with DDP."""
     t, n = cfg.trainer, cfg.train
     strategy = t.strategy
     if strategy == "auto" and (t.devices > 1 or t.num_nodes > 1):
         strategy = "ddp"
-    checkpoints = L.pytorch.callbacks.ModelCheckpoint(
-        dirpath=Path(cfg.run_dir) / "checkpoints",
-        filename="last",
-        every_n_train_steps=n.checkpoint_every or n.steps,
-        save_top_k=1,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
+    checkpoints = LastCheckpoint(Path(cfg.run_dir) / "checkpoints", n.checkpoint_every or n.steps)
     callbacks: list[L.Callback] = [checkpoints]
     bar = t.progress_bar
     if bar:
@@ -152,6 +131,14 @@ def opening_lines(
         f"device  {trainer.world_size} x {device_name(device)}, precision {cfg.trainer.precision}",
     ]
     return lines
+
+
+def resume_line(cfg: DictConfig, step: int | None) -> str:
+    """Where a resumed run goes on; step: None where it is unknown."""
+    if step is None:
+        return f"resume  {cfg.train.resume}"
+    rest = "" if step < cfg.train.steps else ": nothing left to train, type a larger train.steps"
+    return f"resume  {cfg.train.resume}, at step {step} of {cfg.train.steps}{rest}"
 
 
 def quiet_lightning() -> None:

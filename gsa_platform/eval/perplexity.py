@@ -7,12 +7,11 @@ The model is rebuilt from the configuration inside the checkpoint; overrides cha
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 from gsa_platform.atomic import write_json
-from gsa_platform.errors import UserError
+from gsa_platform.errors import UserError, unknown
 
 FIXED = ("model", "attention", "indexer", "gate", "objective", "trainer", "optim")
 
@@ -34,15 +33,18 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
     """{checkpoint, context, tokens, loss, perplexity, bits_per_byte, by_position}."""
     import torch
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from gsa_platform import registry
+    from gsa_platform.checkpoints import UNREADABLE
     from gsa_platform.data.datamodule import TextDataModule
     from gsa_platform.metrics.nll import PositionNLL, TokenNLL
     from gsa_platform.model.cross_entropy import chunked_nll
     from gsa_platform.module import CONFIG_KEY, LanguageModel
+    from gsa_platform.validate import validate
 
-    given = OmegaConf.from_dotlist([o for o in overrides if "=" in o])
+    # All data settings are in one node, so its group is no more than its name.
+    typed = [f"data.name={o[5:]}" if o.startswith("data=") else o for o in overrides]
+    given = OmegaConf.from_dotlist([o for o in typed if "=" in o])
     unread = [o for o in overrides if "=" not in o]
     if unread or "checkpoint" not in given:
         raise UserError(
@@ -62,17 +64,17 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
             )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"checkpoint={path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(
+            f"checkpoint={path} is not a checkpoint; give a last.ckpt that a run wrote, or its "
+            "run folder"
+        ) from error
     if CONFIG_KEY not in saved:
         raise UserError(f"checkpoint={path} was not written by gsa_platform")
-    cfg: Any = OmegaConf.create(saved[CONFIG_KEY]["config"])
-    OmegaConf.set_struct(cfg, True)
-    try:
-        cfg = OmegaConf.merge(cfg, given)
-    except OmegaConfBaseException as error:
-        raise UserError(f"eval: {str(error).splitlines()[0]}") from error
+    cfg = _changed(saved[CONFIG_KEY]["config"], given)
     cfg.train.compile = False
+    cfg.train.resume = None  # the checkpoint that the run itself went on from may be gone
+    validate(cfg)
     data = TextDataModule(cfg)
     if data.vocab_size != saved[CONFIG_KEY]["vocab_size"]:
         raise UserError(
@@ -112,6 +114,39 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
         "bits_per_byte": float(total.bits_per_byte(data.bytes_per_token)),
         "by_position": by_position,
     }
+
+
+def _changed(saved: dict[str, Any], given: Any) -> Any:
+    """The configuration of a checkpoint with overrides, which are checked for name and type."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from gsa_platform import registry
+    from gsa_platform.config import RootConfig
+
+    cfg: Any = OmegaConf.create(saved)
+    OmegaConf.set_struct(cfg, True)
+    for key in given:
+        if OmegaConf.is_dict(cfg.get(key)) and not OmegaConf.is_dict(given[key]):
+            names = [f"{key}.{name}" for name in cfg[key] if name != "name"]
+            raise UserError(
+                f"eval cannot take another {key}: change its settings, {', '.join(names)}"
+            )
+    found = registry.get(cfg.get("plugins_path"))
+    try:
+        for slot in set(given) & set(registry.SLOTS):
+            config = found.component(slot, cfg[slot].name).config
+            OmegaConf.merge({slot: OmegaConf.structured(config)}, {slot: given[slot]})
+        OmegaConf.merge(OmegaConf.structured(RootConfig), given)
+        return OmegaConf.merge(cfg, given)
+    except OmegaConfBaseException as error:
+        full_key = str(getattr(error, "full_key", ""))
+        parent, _, key = full_key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if OmegaConf.is_dict(node) and key not in node:
+            what = f"setting of {parent}" if parent else "setting"
+            raise UserError(unknown(what, key, map(str, node))) from error
+        raise UserError(f"eval: {full_key}: {str(error).splitlines()[0]}") from error
 
 
 def render(result: dict[str, Any]) -> str:

@@ -17,6 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from gsa_platform import compose
+from gsa_platform.checkpoints import LastCheckpoint
+from gsa_platform.errors import UserError
+from gsa_platform.eval.perplexity import evaluate
 from gsa_platform.launch import launch
 from gsa_platform.tracking import open_database
 from gsa_platform.validate import validate
@@ -116,11 +119,19 @@ def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None
     train(gsa, straight, "optim.schedule=constant", "train.steps=4")
     train(gsa, halves, "optim.schedule=constant", "train.steps=2")
     (first,) = mlflow_runs(halves)
-    train(gsa, halves, "optim.schedule=constant", "train.steps=4", "train.resume=auto")
+    done = gsa(halves, *SMALL, "optim.schedule=constant", "train.steps=4", "train.resume=auto")
+    assert done.returncode == 0 and "last.ckpt, at step 2 of 4\n" in done.stdout
+    assert "Be aware" not in done.stderr
     (again,) = mlflow_runs(halves)
     assert again.info.run_id == first.info.run_id and again.info.status == "FINISHED"
     (one,), (two,) = run_folders(straight), run_folders(halves)
     assert len(losses(two)) == 4 and losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_checkpoint_keeps_nothing_of_its_callback(smoke: tuple[Path, str]) -> None:
+    (run,) = run_folders(smoke[0])
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [key for key in saved["callbacks"] if LastCheckpoint.__name__ in key]
 
 
 def test_two_devices_accumulate_and_resume_as_one_straight_run(gsa: Gsa, tmp_path: Path) -> None:
@@ -251,6 +262,7 @@ BAD = [
     (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
     (("data.max_bytes=20000", "context=65536"), "context 65536 is longer than the data"),
     (("train.resume=other.ckpt", "model.d_model=128"), "holds another model"),
+    (("train.resume=broken.py",), "broken.py is not a checkpoint"),
     (("plugins_path=broken.py", "attention=broken"), "package_that_is_not_there"),
     (
         ("model.n_heads=4", "model.n_kv_heads=2", "indexer.heads=3",
@@ -278,6 +290,42 @@ def test_bad_input_is_one_clean_message(
     assert left <= {"mlflow.db", "mlflow.db.lock", "worker.log"}
     beside = {p.name for p in tmp_path.iterdir()}
     assert beside <= {"runs", "other.ckpt", "broken.py", "__pycache__"}
+
+
+# overrides of eval, what the message must say
+BAD_EVALS = [
+    (("sparsity.kk=3",), "Unknown setting of sparsity 'kk'. Did you mean 'k'"),
+    (("sparsity.k=x",), "sparsity.k: Value 'x'"),
+    (("sparsity.k=48",), "below what is always attended"),
+    (("context=x",), "context: Value 'x'"),
+    (("contxt=512",), "Unknown setting 'contxt'. Did you mean 'context'"),
+    (("sparsity=fixed",), "eval cannot take another sparsity"),
+    (("model.d_model=8",), "eval cannot change model"),
+    (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_EVALS, ids=lambda v: str(v[0]))
+def test_eval_refuses_what_it_cannot_take(
+    smoke: tuple[Path, str], overrides: tuple[str, ...], message: str
+) -> None:
+    (run,) = run_folders(smoke[0])
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate([f"checkpoint={run}", *overrides])
+
+
+def test_eval_on_other_text_and_context(
+    smoke: tuple[Path, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    (run,) = run_folders(smoke[0])
+    (tmp_path / "a.txt").write_text("some words " * 500)
+    settings = ["context=256", "sparsity.k=128", "train.val_batches=3"]
+    result = evaluate(
+        [f"checkpoint={run}", "data=text", f"data.paths=[{tmp_path}/*.txt]", *settings]
+    )
+    assert result["context"] == 256 and result["tokens"] == 256
+    assert [row["from"] for row in result["by_position"]] == [0, 2, 4, 8, 16, 32, 64, 128]
 
 
 # overrides, parameters, least factor that dense training costs more
