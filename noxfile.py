@@ -1,5 +1,6 @@
 """Checks of the repository: `nox -l` lists them, `nox --no-venv` uses the packages at hand."""
 
+import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -46,6 +47,8 @@ def tests(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """A wheel, installed into a clean environment and run away from the checkout."""
     install(session, "build")
+    # From an earlier build, setuptools would put files that are no more into the wheel.
+    shutil.rmtree("build", ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="gsa-build-") as folder:
         root = Path(folder)
         session.run("python", "-m", "build", "--wheel", "--outdir", str(root / "dist"))
@@ -57,9 +60,11 @@ def build(session: nox.Session) -> None:
             session.run(*pip, str(wheel), external=True)
         else:  # the wheel alone, over the dependencies of the environment at hand
             session.run(*pip, "--no-deps", str(wheel), external=True)
-            where = ("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-            theirs = session.run("python", *where, silent=True)
-            ours = session.run(str(scripts / "python"), *where, silent=True, external=True)
+            # All of them, because an environment can lie over another one.
+            every = "import sys; [print(p) for p in sys.path if p.endswith('-packages')]"
+            theirs = session.run("python", "-c", every, silent=True)
+            own = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            ours = session.run(str(scripts / "python"), "-c", own, silent=True, external=True)
             (Path(str(ours).strip()) / "dependencies.pth").write_text(str(theirs))
         elsewhere = root / "elsewhere"
         elsewhere.mkdir()

@@ -75,15 +75,18 @@ class LanguageModel(L.LightningModule):
         total = loss
         if index_losses:
             total = total + torch.stack(index_losses).mean()
+        budget_losses = [r.budget_loss for r in out.reports if r.budget_loss is not None]
+        if budget_losses:
+            total = total + torch.stack(budget_losses).mean()
         if world > 1:
-            # Queries without candidates leave indexer parameters unused, which DDP refuses.
+            # Queries without candidates leave these parameters unused, which DDP refuses.
             for block in self.model.blocks:
-                if block.attention.indexer is not None:
-                    for p in block.attention.indexer.parameters():
+                for part in (block.attention.indexer, block.attention.sparsity):
+                    for p in [] if part is None else part.parameters():
                         if p.requires_grad:
                             total = total + 0.0 * p.flatten()[0]
         self._statistics.append([r.statistics for r in out.reports])
-        self._figures.append(_figures(loss.detach(), index_losses, out))
+        self._figures.append(_figures(loss.detach(), out))
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -158,11 +161,13 @@ GATE_FIGURES = ("value_mean", "output_mean", "value_low", "output_low")
 KEYS_MAX = "attention/keys_max"
 
 
-def _figures(loss: Tensor, index_losses: list[Tensor], out: ModelOutput) -> dict[str, Tensor]:
+def _figures(loss: Tensor, out: ModelOutput) -> dict[str, Tensor]:
     """What is logged of one micro-batch."""
     figures = {"train/loss": loss}
-    if index_losses:
-        figures["train/index_loss"] = torch.stack([x.detach() for x in index_losses]).mean()
+    for name in ("index_loss", "budget_loss"):
+        losses = [getattr(r, name) for r in out.reports if getattr(r, name) is not None]
+        if losses:
+            figures[f"train/{name}"] = torch.stack([x.detach() for x in losses]).mean()
     keys = [r.keys for r in out.reports if r.keys]
     if keys:
         figures["attention/keys_mean"] = torch.stack([k["mean"] for k in keys]).mean()
@@ -193,5 +198,5 @@ def _mean_statistics(micro: list[list[dict[str, Tensor]]]) -> list[dict[str, Ten
     layers = []
     for reports in zip(*micro, strict=True):
         names = reports[0].keys()
-        layers.append({n: torch.stack([r[n] for r in reports]).mean() for n in names})
+        layers.append({n: torch.stack([r[n] for r in reports]).mean(0) for n in names})
     return layers

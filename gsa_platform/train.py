@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,39 @@ import torch
 from omegaconf import DictConfig
 
 from gsa_platform import registry
-from gsa_platform.checkpoints import LastCheckpoint, check_checkpoint
+from gsa_platform.checkpoint import LastCheckpoint, check_checkpoint
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
-from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
+from gsa_platform.preflight import describe_attention
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
-from gsa_platform.report.summary import render_summary
+from gsa_platform.report.summary import WIDTH, render_summary
 from gsa_platform.tracking import build_loggers
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]:
     """Train, validate and summarise; returns the figures of the closing summary.
 
-    Runs in every worker; only rank 0 logs and prints. Raises UserError before the first step for
-    data or settings that cannot work.
+    `data` is prepared data, if the caller has it. Runs in every worker; only rank 0 logs and
+    prints. Raises UserError before the first step for data or settings that cannot work.
     """
-    began = time.perf_counter()
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    data = TextDataModule(cfg)
-    data.prepare_data()
+    if data is None:
+        data = TextDataModule(cfg)
+        data.prepare_data()
+    began = time.perf_counter()  # whether the text was tokenised before says nothing of the run
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
-    resumed_at = check_checkpoint(module, Path(cfg.train.resume)) if cfg.train.resume else None
+    resumed_at = None
+    if cfg.train.resume is not None:
+        resumed_at = check_checkpoint(module.model, Path(cfg.train.resume))
     trainer = build_trainer(cfg)
-    try:
-        chosen = module.model.describe(trainer.strategy.root_device.type)
-    except ValueError as error:  # an implementation asked for by name cannot run here
-        raise UserError(f"attention={cfg.attention.name}: {error}") from error
+    chosen = describe_attention(module.model, cfg, trainer.strategy.root_device.type)
     if cfg.train.compile:
         check_compiler(trainer.strategy.root_device)
     if trainer.is_global_zero:
@@ -72,7 +73,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )
         logger.finalize("success")
     if trainer.is_global_zero:
-        say("\n" + render_summary(result["summary"]))
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns
+        say("\n" + render_summary(result["summary"], columns))
     return result
 
 
@@ -100,7 +102,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         limit_val_batches=1.0,
         log_every_n_steps=n.log_every,
         num_sanity_val_steps=0,
-        # Metrics reset in inference mode could not be updated by the validations inside fit.
+        # Metrics that the first validation resets would be inference tensors, which the
+        # validations during training may not change.
         inference_mode=False,
         logger=build_loggers(cfg),
         callbacks=callbacks,

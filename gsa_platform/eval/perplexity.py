@@ -10,8 +10,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gsa_platform import registry
 from gsa_platform.atomic import write_json
-from gsa_platform.errors import UserError, unknown
+from gsa_platform.components import SLOTS
+from gsa_platform.config import RootConfig
+from gsa_platform.errors import UserError
+from gsa_platform.explain import parse, refusal
+from gsa_platform.validate import validate
 
 FIXED = ("model", "attention", "indexer", "gate", "objective", "trainer", "optim")
 
@@ -32,48 +40,30 @@ def main(overrides: list[str]) -> int:
 def evaluate(overrides: list[str]) -> dict[str, Any]:
     """{checkpoint, context, tokens, loss, perplexity, bits_per_byte, by_position}."""
     import torch
-    from omegaconf import OmegaConf
 
-    from gsa_platform import registry
-    from gsa_platform.checkpoints import UNREADABLE
+    from gsa_platform.checkpoint import read_checkpoint
     from gsa_platform.data.datamodule import TextDataModule
     from gsa_platform.metrics.nll import PositionNLL, TokenNLL
     from gsa_platform.model.cross_entropy import chunked_nll
     from gsa_platform.module import CONFIG_KEY, LanguageModel
-    from gsa_platform.validate import validate
 
-    # All data settings are in one node, so its group is no more than its name.
-    typed = [f"data.name={o[5:]}" if o.startswith("data=") else o for o in overrides]
-    given = OmegaConf.from_dotlist([o for o in typed if "=" in o])
-    unread = [o for o in overrides if "=" not in o]
-    if unread or "checkpoint" not in given:
+    paths = [o.partition("=")[2] for o in overrides if o.startswith("checkpoint=")]
+    if len(paths) != 1:
         raise UserError(
             "eval needs checkpoint=PATH, for example\n"
             "  gsa-platform eval checkpoint=runs/gsa_128k/<run>/checkpoints/last.ckpt"
         )
-    path = Path(str(given.pop("checkpoint"))).expanduser().absolute()
+    path = Path(paths[0]).expanduser().absolute()
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file; give a .ckpt file or a run folder")
-    for key in given:
-        if key in FIXED:
-            raise UserError(
-                f"eval cannot change {key}: it is fixed by the checkpoint. "
-                "Change context, data, sparsity or train.val_batches instead."
-            )
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise UserError(
-            f"checkpoint={path} is not a checkpoint; give a last.ckpt that a run wrote, or its "
-            "run folder"
-        ) from error
+    saved = read_checkpoint(path, "checkpoint")
     if CONFIG_KEY not in saved:
         raise UserError(f"checkpoint={path} was not written by gsa_platform")
-    cfg = _changed(saved[CONFIG_KEY]["config"], given)
-    cfg.train.compile = False
-    cfg.train.resume = None  # the checkpoint that the run itself went on from may be gone
+    cfg = changed(
+        saved[CONFIG_KEY]["config"], [o for o in overrides if not o.startswith("checkpoint=")]
+    )
     validate(cfg)
     data = TextDataModule(cfg)
     if data.vocab_size != saved[CONFIG_KEY]["vocab_size"]:
@@ -116,37 +106,39 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def _changed(saved: dict[str, Any], given: Any) -> Any:
-    """The configuration of a checkpoint with overrides, which are checked for name and type."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from gsa_platform import registry
-    from gsa_platform.config import RootConfig
-
-    cfg: Any = OmegaConf.create(saved)
-    OmegaConf.set_struct(cfg, True)
-    for key in given:
-        if OmegaConf.is_dict(cfg.get(key)) and not OmegaConf.is_dict(given[key]):
-            names = [f"{key}.{name}" for name in cfg[key] if name != "name"]
+def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
+    """The configuration of a checkpoint with the settings typed; raises UserError for those it
+    cannot take."""
+    cfg: Any = typed_config(saved)
+    for text in overrides:
+        # All settings of data are in one node, so the choice of its group is a name in it.
+        override = parse(f"data.name={text[5:]}" if text.startswith("data=") else text)
+        key = str(override.key_or_group)
+        if key.partition(".")[0] in FIXED:
             raise UserError(
-                f"eval cannot take another {key}: change its settings, {', '.join(names)}"
+                f"eval cannot change {key}: it is fixed by the checkpoint. "
+                "Change context, data, sparsity or train.val_batches instead."
             )
-    found = registry.get(cfg.get("plugins_path"))
+        if message := refusal(override, cfg):
+            raise UserError(message)
+        OmegaConf.update(cfg, key, override.value(), merge=True)
+    cfg.train.compile, cfg.train.resume = False, None
+    return cfg
+
+
+def typed_config(saved: dict[str, Any]) -> DictConfig:
+    """A saved configuration with the types of its settings, as composing gives it."""
+    found = registry.get(saved.get("plugins_path"))
+    schema = OmegaConf.structured(RootConfig)
+    for slot in SLOTS:
+        schema[slot] = OmegaConf.structured(found.component(slot, saved[slot]["name"]).config)
     try:
-        for slot in set(given) & set(registry.SLOTS):
-            config = found.component(slot, cfg[slot].name).config
-            OmegaConf.merge({slot: OmegaConf.structured(config)}, {slot: given[slot]})
-        OmegaConf.merge(OmegaConf.structured(RootConfig), given)
-        return OmegaConf.merge(cfg, given)
-    except OmegaConfBaseException as error:
-        full_key = str(getattr(error, "full_key", ""))
-        parent, _, key = full_key.rpartition(".")
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        if OmegaConf.is_dict(node) and key not in node:
-            what = f"setting of {parent}" if parent else "setting"
-            raise UserError(unknown(what, key, map(str, node))) from error
-        raise UserError(f"eval: {full_key}: {str(error).splitlines()[0]}") from error
+        cfg = OmegaConf.merge(schema, saved)
+    except OmegaConfBaseException:  # of another version, with settings that are no more
+        cfg = OmegaConf.create(saved)
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
 
 
 def render(result: dict[str, Any]) -> str:

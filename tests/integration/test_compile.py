@@ -34,6 +34,12 @@ CASES = [
     [*BUDGET, "objective=kl", "train.activation_checkpointing=true"],
     [*BUDGET, "sparsity=adaptive_variance", "sparsity.k_min=64", "sparsity.window=32",
      "sparsity.sinks=16"],
+    ["attention=sliding_window", "attention.window=64"],
+    [*BUDGET, "indexer=random", "objective=none", "model.n_layers=10"],
+    [*BUDGET, "indexer=hierarchical", "sparsity=scheduled", "sparsity.k_start=192",
+     "sparsity.steps=5", "sparsity.window=32", "sparsity.sinks=16"],
+    [*BUDGET, "objective=kl_bias", "sparsity=learned", "sparsity.k_min=64", "sparsity.window=32",
+     "sparsity.sinks=16"],
     [*BUDGET, "model.n_layers=10", "model.layer_pattern=[dense:1,'*']",
      "train.activation_checkpointing=true"],
 ]  # fmt: skip

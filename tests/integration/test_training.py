@@ -1,5 +1,5 @@
 """Training from the command line, in processes of their own: what it leaves, resume, several
-devices, sweeps, other components, and how bad input ends."""
+devices, sweeps and other components."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from gsa_platform import compose
-from gsa_platform.checkpoints import LastCheckpoint
-from gsa_platform.errors import UserError
+from gsa_platform.checkpoint import LastCheckpoint
 from gsa_platform.eval.perplexity import evaluate
 from gsa_platform.launch import launch
 from gsa_platform.tracking import open_database
@@ -84,9 +83,9 @@ def smoke(gsa: Gsa, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 def test_smoke_leaves_a_finished_run(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     (run,) = run_folders(folder)
-    words = " ".join(output.replace("|", " ").split())  # a long path wraps inside the box
     assert "| Learning" in output
-    assert "mlflow ui --backend-store-uri sqlite:///" in words
+    command = f"mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db"
+    assert command in output.splitlines()  # whole, on a line of its own
     files = ("config.yaml", "result.json", "metrics.jsonl", "checkpoints/last.ckpt")
     assert all((run / name).stat().st_size > 0 for name in files)
     assert [path.name for path in folder.iterdir()] == ["runs"]
@@ -183,6 +182,7 @@ VARIANTS = [
     ("data.cross_document=false",),
     ("train.activation_checkpointing=true",),
     ("trainer.precision=bf16-mixed",),
+    ("train.val_every=1",),
 ]
 
 
@@ -242,76 +242,6 @@ def test_a_local_hugging_face_data_set_trains(
     validate(cfg)
     assert launch(cfg)["status"] == "FINISHED"
     assert "hf: 30 documents" in capfd.readouterr().out
-
-
-BROKEN = """
-from dataclasses import dataclass
-from gsa_platform import Component, hookimpl
-
-import package_that_is_not_there
-"""
-
-# overrides, what the message must say
-BAD = [
-    (("experiment=smoek",), "smoke"),
-    (("attention=gsaa",), "Did you mean 'gsa'"),
-    (("sparsity.k=x",), r"sparsity\.k"),
-    (("attention=dense", "indexer=gated_lightning"), "attention=dense attends to every key"),
-    (("sparsity.k=64",), r"below what is always attended(.|\n)*sparsity\.k=80"),
-    (("model.n_heads=3", "model.n_kv_heads=2"), "does not divide model.n_heads=3"),
-    (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
-    (("data.max_bytes=20000", "context=65536"), "context 65536 is longer than the data"),
-    (("train.resume=other.ckpt", "model.d_model=128"), "holds another model"),
-    (("train.resume=broken.py",), "broken.py is not a checkpoint"),
-    (("plugins_path=broken.py", "attention=broken"), "package_that_is_not_there"),
-    (
-        ("model.n_heads=4", "model.n_kv_heads=2", "indexer.heads=3",
-         "attention.selection_heads=kv"),
-        "indexer.heads=3 is not a multiple of 2",
-    ),
-    (("attention.mode=nonsense",), "token, block or tile"),
-    (("attention.impl=triton",), "impl=triton cannot run"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[" ".join(o) for o, _ in BAD])
-def test_bad_input_is_one_clean_message(
-    gsa: Gsa, smoke: tuple[Path, str], tmp_path: Path, overrides: tuple[str, ...], message: str
-) -> None:
-    (run,) = run_folders(smoke[0])
-    (tmp_path / "other.ckpt").symlink_to(run / "checkpoints" / "last.ckpt")
-    (tmp_path / "broken.py").write_text(BROKEN)
-    done = gsa(tmp_path, *SMALL, *overrides)
-    text = done.stdout + done.stderr
-    assert done.returncode == 2, text
-    assert "Traceback" not in text and done.stderr.count("error: ") == 1
-    assert re.search(message, done.stderr), done.stderr
-    left = {p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()}
-    assert left <= {"mlflow.db", "mlflow.db.lock", "worker.log"}
-    beside = {p.name for p in tmp_path.iterdir()}
-    assert beside <= {"runs", "other.ckpt", "broken.py", "__pycache__"}
-
-
-# overrides of eval, what the message must say
-BAD_EVALS = [
-    (("sparsity.kk=3",), "Unknown setting of sparsity 'kk'. Did you mean 'k'"),
-    (("sparsity.k=x",), "sparsity.k: Value 'x'"),
-    (("sparsity.k=48",), "below what is always attended"),
-    (("context=x",), "context: Value 'x'"),
-    (("contxt=512",), "Unknown setting 'contxt'. Did you mean 'context'"),
-    (("sparsity=fixed",), "eval cannot take another sparsity"),
-    (("model.d_model=8",), "eval cannot change model"),
-    (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "message"), BAD_EVALS, ids=lambda v: str(v[0]))
-def test_eval_refuses_what_it_cannot_take(
-    smoke: tuple[Path, str], overrides: tuple[str, ...], message: str
-) -> None:
-    (run,) = run_folders(smoke[0])
-    with pytest.raises(UserError, match=re.escape(message)):
-        evaluate([f"checkpoint={run}", *overrides])
 
 
 def test_eval_on_other_text_and_context(

@@ -139,7 +139,8 @@ def test_low_precision(granularity, dtype):
     for name, value in exact.items():
         allowed = (reference[name].double() - value).norm()
         error = (got[name].double() - value).norm()
-        assert error <= 2 * allowed + 1e-9 * value.norm(), name
+        # Both are sums in float32: the reference may be lucky by a rounding of its result.
+        assert error <= 2 * allowed + torch.finfo(torch.float32).eps * value.norm(), name
 
 
 @granularities

@@ -1,8 +1,7 @@
-"""The checkpoint that a run writes, and the look at the one that it goes on from."""
+"""The checkpoint that a run writes, and reading one that a user names."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gsa_platform.errors import UserError
-from gsa_platform.module import LanguageModel
-
-# What torch.load raises for files that are no checkpoint, and a look-up in one of something else.
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError)
+from gsa_platform.model.transformer import Transformer
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -40,28 +36,38 @@ class LastCheckpoint(ModelCheckpoint):
         pass
 
 
-def check_checkpoint(module: LanguageModel, path: Path) -> int | None:
-    """The optimizer step at which a checkpoint was written, None if it is a sharded one.
-
-    Raises UserError if it cannot be read, or its weights do not fit the configured model.
-    """
-    if path.is_dir():
-        return None
+def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
+    """The content of a checkpoint file, mapped and not copied; raises UserError, naming the
+    `setting` that gave the path, if it is none."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights, step = saved["state_dict"], int(saved["global_step"])
-    except (*UNREADABLE, TypeError) as error:
+        saved["state_dict"]
+    except Exception as error:  # whatever the bytes of another file lead the reader to
         raise UserError(
-            f"train.resume={path} is not a checkpoint. Give a last.ckpt that a run wrote, its run "
-            "folder, or auto."
+            f"{setting}={path} is not a checkpoint. Type the path of a .ckpt file or of a run "
+            "folder."
         ) from error
-    own = module.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (weights, own))
+    assert isinstance(saved, dict)
+    return saved
+
+
+def check_checkpoint(model: Transformer, path: Path) -> int | None:
+    """The optimizer step at which a checkpoint was written, None if it does not say.
+
+    Raises UserError if it holds the weights of another model.
+    """
+    if path.is_dir():
+        return None  # sharded
+    content = read_checkpoint(path, "train.resume")
+    saved = content["state_dict"]
+    own = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    for name in sorted(saved.keys() | own.keys()):
+        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (saved, own))
         if old != new:
             raise UserError(
                 f"train.resume={path} holds another model: {name} is {old} there and {new} here. "
                 "Type the model and component settings of its config.yaml, or leave out "
                 "train.resume."
             )
-    return step
+    step = content.get("global_step")
+    return None if step is None else int(step)
