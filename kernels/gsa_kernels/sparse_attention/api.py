@@ -114,7 +114,11 @@ def sparse_attention(
         raise ValueError("the bias must have one entry for each slot of the selection")
     scale = width**-0.5 if scale is None else scale
     name, _ = choose(impl, q_BTHE.device, selection.spec, width)
-    if name == "triton" and q_BTHE.dtype != torch.float64:
+    if name == "triton" and q_BTHE.dtype == torch.float64:
+        if impl == "triton":
+            raise ValueError("impl=triton computes in float32 at most: float64 needs eager")
+        name = "eager"
+    if name == "triton":
         return _triton(
             q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass, deterministic
         )
