@@ -49,10 +49,10 @@ class DataConfig:
     max_bytes: int = 0  # of raw text; 0 = all
     workers: int = 0  # loader processes
     paths: list[str] = field(default_factory=list)  # text: files or globs
-    path: str | None = None  # hf: name of the data set, or a local path
-    config_name: str | None = None  # hf
-    split: str = "train"  # hf
-    column: str = "text"  # hf
+    path: str | None = None  # hf: a local path, or a name on the Hub
+    config_name: str | None = None  # hf: subset
+    split: str = "train"  # hf: a split, or a slice such as train[:10%]
+    column: str = "text"  # hf: the column with the text, one document a row
 
 
 @dataclass
@@ -81,7 +81,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps; 0 = only at the end
     ce_chunk: int = 4096  # tokens per chunk of the loss
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = False  # torch.compile each block for training; validation runs without
     resume: str | None = None  # checkpoint path, or auto
     dense_cost: bool = False  # also measure a dense step, for the summary
     deterministic: bool = False

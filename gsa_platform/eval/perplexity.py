@@ -86,8 +86,7 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
             nll = chunked_nll(hidden, model.head_weight_VD, targets.flatten(), cfg.train.ce_chunk)
         nll, scored = nll.view_as(targets).cpu(), (targets != -100).cpu()
         total.update(nll[scored].double().sum(), scored.sum())
-        where = torch.arange(tokens.shape[1]).expand_as(nll)
-        positions.update(nll, where, scored)
+        positions.update(nll, torch.arange(tokens.shape[1]), scored)
     if not int(total.n_tokens):
         raise UserError("there is no validation text: set data.val_fraction above 0")
     loss = float(total.compute())
@@ -112,7 +111,8 @@ def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
     cannot take."""
     cfg: Any = typed_config(saved)
     for text in overrides:
-        override = parse(text)
+        # All settings of data are in one node, so the choice of its group is a name in it.
+        override = parse(f"data.name={text[5:]}" if text.startswith("data=") else text)
         key = str(override.key_or_group)
         if key.partition(".")[0] in FIXED:
             raise UserError(
