@@ -88,7 +88,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         kind = "other"
-        for key in ("embedding", "head", "indexer", "gate.", "ffn", "attention"):
+        for key in ("embedding", "indexer", "sparsity", "gate.", "head", "ffn", "attention"):
             if key in name:
                 kind = key.rstrip(".")
                 break
