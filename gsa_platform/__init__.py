@@ -2,6 +2,7 @@
 
 from gsa_platform.hookspecs import PLUGIN_API, hookimpl
 from gsa_platform.registry import Capabilities, Component
+from gsa_platform.trial import Trial
 
 __version__ = "0.1.0"
-__all__ = ["hookimpl", "Component", "Capabilities", "PLUGIN_API", "__version__"]
+__all__ = ["hookimpl", "Component", "Capabilities", "Trial", "PLUGIN_API", "__version__"]

@@ -69,7 +69,16 @@ class AttentionOutput:
     mass: Tensor | None = None
 
 
-class Attention(nn.Module):
+class Part(nn.Module):
+    """What every component is. The host builds it as `Class(config, dims)` and reads nothing of
+    it but the methods of its slot; a subclass that needs neither may leave out its __init__."""
+
+    def __init__(self, config: Any = None, dims: LayerDims | None = None) -> None:
+        super().__init__()
+        self.config, self.dims = config, dims
+
+
+class Attention(Part):
     """Softmax attention, over a selection or over every key."""
 
     def forward(
@@ -107,7 +116,7 @@ class Attention(nn.Module):
         return {}
 
 
-class Indexer(nn.Module):
+class Indexer(Part):
     """Scores keys for queries. Its factors carry `k_BSI`, the index keys, which are cached."""
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: Any) -> Any:
@@ -120,7 +129,7 @@ class Indexer(nn.Module):
         raise NotImplementedError
 
 
-class Sparsity(nn.Module):
+class Sparsity(Part):
     """Turns score statistics into budgets. Budgets count keys, window and sinks included."""
 
     window: int
@@ -135,12 +144,12 @@ class Sparsity(nn.Module):
         """Called after the optimizer step with the step's mean statistics, for running values."""
 
 
-class Gate(nn.Module):
+class Gate(Part):
     def forward(self, x_BTD: Tensor) -> GateValues:
         raise NotImplementedError
 
 
-class Objective(nn.Module):
+class Objective(Part):
     """How the indexer learns."""
 
     detach_indexer: bool = True  # the indexer reads detached inputs

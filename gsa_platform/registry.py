@@ -19,6 +19,7 @@ import pluggy
 
 from gsa_platform.errors import UserError, suggest, unknown
 from gsa_platform.hookspecs import PLUGIN_API, PROJECT, Hooks
+from gsa_platform.trial import Trial
 
 SLOTS = ("attention", "indexer", "sparsity", "gate", "objective")
 DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees every key
@@ -43,13 +44,15 @@ class Capabilities:
 @dataclass(frozen=True)
 class Component:
     """One named choice for a slot. ``target`` is ``"package.module:Class"``, imported only when
-    the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``."""
+    the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``.
+    ``trial`` says how the contract kit tries it (gsa_platform.testing)."""
 
     name: str
     target: str
     config: type
     summary: str = ""
     capabilities: Capabilities = Capabilities()
+    trial: Trial = field(default_factory=Trial)
 
 
 @dataclass

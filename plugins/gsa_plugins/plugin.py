@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gsa_platform import Capabilities, Component, hookimpl
+from gsa_platform import Capabilities, Component, Trial, hookimpl
 from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
@@ -19,6 +19,7 @@ def gsa_register_attention() -> list[Component]:
             c.DenseAttentionConfig,
             "Causal softmax attention over every key (PyTorch SDPA)",
             Capabilities(),
+            Trial(dense={}),
         ),
         Component(
             "gsa",
@@ -26,6 +27,7 @@ def gsa_register_attention() -> list[Component]:
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile")),
+            Trial(reference={"impl": "reference"}),
         ),
     ]
 
