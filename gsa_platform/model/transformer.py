@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gsa_platform.contracts import LayerDims, Sequence
+from gsa_platform.errors import UserError
 from gsa_platform.model.attention_layer import AttentionLayer, Components, LayerCache, LayerReport
 from gsa_platform.model.layer_pattern import expand_pattern
 from gsa_platform.model.rope import RotaryTable
-from gsa_platform.registry import Registry
+from gsa_platform.registry import SLOTS, Registry
 
 
 class SwiGLU(nn.Module):
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
         self.rotary = RotaryTable(head_dim, m.rope_theta, m.rope_scaling)
         self.embedding = nn.Embedding(vocab_size, m.d_model)
         pattern = expand_pattern(list(m.layer_pattern), m.n_layers)
+        self.undecodable = _without_decode(cfg, registry, pattern)
         blocks = []
         for i, name in enumerate(pattern):
             dims = LayerDims(
@@ -154,6 +156,12 @@ class Transformer(nn.Module):
         return ModelOutput(self.norm(x), reports)
 
     def new_cache(self) -> list[LayerCache]:
+        """An empty cache; raises UserError if a component declares that it cannot decode."""
+        if self.undecodable:
+            raise UserError(
+                f"{', '.join(self.undecodable)} cannot decode token by token (decode=False in its "
+                "capabilities). Choose another component to generate or to score with a cache."
+            )
         return [LayerCache() for _ in self.blocks]
 
     def observe(self, statistics: list[dict[str, Tensor]]) -> None:
@@ -190,6 +198,17 @@ def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Com
         registry.build("sparsity", cfg.sparsity, dims),
         gate,
         registry.build("objective", cfg.objective, dims),
+    )
+
+
+def _without_decode(cfg: Any, registry: Registry, pattern: list[str]) -> list[str]:
+    """`slot=name` of every component in use that declares decode=False."""
+    names = {("attention", cfg.attention.name if n == "*" else n) for n in pattern}
+    names |= {(slot, cfg[slot].name) for slot in SLOTS if slot != "attention"}
+    return sorted(
+        f"{slot}={name}"
+        for slot, name in names
+        if not registry.component(slot, name).capabilities.decode
     )
 
 
