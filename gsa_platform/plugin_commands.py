@@ -1,4 +1,4 @@
-"""``plugins list`` and ``plugins show``: what is installed, whether it works, how to use it."""
+"""``plugins ...``: what is installed, whether it works, how to use it, and how to add to it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,39 @@ from gsa_platform import registry
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.registry import DEPENDENT, SLOTS, Component, Entry, Plugin, Registry
 
-USAGE = "Usage: gsa-platform plugins list | gsa-platform plugins show NAME"
+USAGE = """\
+Usage: gsa-platform plugins list
+       gsa-platform plugins show NAME
+       gsa-platform plugins check NAME [--slot SLOT] [setting=value ...]
+       gsa-platform plugins matrix [--slot SLOT] [slot=NAME,NAME ...] [--json]
+       gsa-platform plugins new NAME --slot SLOT [--folder FOLDER]"""
+COMMANDS = ("list", "show", "check", "matrix", "new")
 
 
 def run(arguments: list[str]) -> int:
-    """Run ``plugins list`` or ``plugins show NAME``; raises UserError for anything else."""
+    """Run a ``plugins`` command and return its exit code; raises UserError for anything else."""
     command, *rest = arguments or ["list"]
+    if command == "check":
+        from gsa_platform.testing.command import check
+
+        return check(rest)
+    if command == "matrix":
+        from gsa_platform.testing.matrix_command import matrix
+
+        return matrix(rest)
+    if command == "new":
+        from gsa_platform.scaffold import new
+
+        return new(rest)
     found = registry.get()
     if command == "list" and not rest:
         print(list_text(found))
     elif command == "show" and len(rest) == 1:
         print(show_text(found, rest[0]))
-    elif command in ("list", "show"):
+    elif command in COMMANDS:
         raise UserError(USAGE)
     else:
-        raise UserError(f"{unknown('plugins command', command, ('list', 'show'))}\n  {USAGE}")
+        raise UserError(f"{unknown('plugins command', command, COMMANDS)}\n  {USAGE}")
     return 0
 
 
