@@ -80,7 +80,7 @@ def resolve(overrides: Sequence[str]) -> DictConfig:
         cfg.picked = config.PickedConfig(**preset)
         if note:
             cfg.notes.append(note)
-        _resolve_slots(cfg, keys)
+        resolve_slots(cfg, keys)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"No value for {', '.join(missing)}. Add {missing[0]}=VALUE.")
@@ -181,7 +181,9 @@ def _fits(cfg: DictConfig, key: str) -> bool:
     return slot not in registry.SLOTS or not name or name.partition(".")[0] in cfg[slot]
 
 
-def _resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
+def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
+    """Empty the slots that the attention has no use for, and note it; raises UserError where such
+    a slot was typed, or where a slot it cannot do without is empty."""
     found = registry.get()
     name = cfg.attention.name
     if found.component("attention", name).capabilities.modes:
