@@ -175,7 +175,9 @@ class Transformer(nn.Module):
         """One line per distinct attention implementation, with the layers that use it."""
         lines: dict[str, list[int]] = {}
         for i, block in enumerate(self.blocks):
-            lines.setdefault(block.attention.attention.describe(device_type), []).append(i)
+            attention = block.attention.attention
+            line = attention.describe(device_type) or type(attention).__name__
+            lines.setdefault(line, []).append(i)
         return [f"layers {_ranges(layers)}: {line}" for line, layers in lines.items()]
 
 

@@ -229,6 +229,13 @@ class Case:
         return getattr(layers(model)[0], self.slot)
 
 
+def losses(reports: list[Any]) -> list[Tensor]:
+    """What the components of each layer add to the language-model loss."""
+    kinds = ("index_loss", "budget_loss")
+    found = [getattr(report, kind, None) for report in reports for kind in kinds]
+    return [loss for loss in found if loss is not None]
+
+
 def layers(model: Transformer) -> list[Any]:
     """The attention layers of a model."""
     return [block.attention for block in model.blocks]

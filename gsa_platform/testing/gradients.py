@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gsa_platform import registry
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
-from gsa_platform.testing.case import Case, layers
+from gsa_platform.testing.case import Case, layers, losses
 from gsa_platform.testing.check import SkipTest, probe
 from gsa_platform.testing.compare import expect_close
 
@@ -26,16 +26,13 @@ TRIES_FLOAT32 = [(seed, 1e-2) for seed in range(6)]
 
 
 def loss_of(case: Case, model: Transformer, text: Tensor) -> Tensor:
-    """A scalar of the hidden states, plus the index losses."""
+    """A scalar of the hidden states, plus the losses of the components."""
     torch.manual_seed(0)
     out = model(text)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(out.hidden_BTD.shape[-1], generator=generator).to(out.hidden_BTD)
     loss = (out.hidden_BTD @ weight).sin().mean()
-    for report in out.reports:
-        if report.index_loss is not None:
-            loss = loss + report.index_loss
-    return loss
+    return torch.stack([loss, *losses(out.reports)]).sum()
 
 
 def teaching_objectives(case: Case) -> dict[str, Transformer]:

@@ -14,7 +14,7 @@ from gsa_platform import compose, registry
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.model.transformer import Transformer
 from gsa_platform.registry import SLOTS
-from gsa_platform.testing.case import Case
+from gsa_platform.testing.case import Case, losses
 from gsa_platform.testing.small import Sizes, fitting
 from gsa_platform.validate import validate
 
@@ -164,10 +164,7 @@ def _run(model: Transformer, device: str) -> str:
     """What is wrong with one forward and backward, or an empty string."""
     text = torch.randint(0, VOCABULARY, (2, TOKENS), device=device)
     out = model(text)
-    loss = out.hidden_BTD.sin().mean()
-    for report in out.reports:
-        if report.index_loss is not None:
-            loss = loss + report.index_loss
+    loss = torch.stack([out.hidden_BTD.sin().mean(), *losses(out.reports)]).sum()
     if not bool(torch.isfinite(loss)):
         return f"running: the loss is {float(loss.detach())}"
     loss.backward()

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from gsa_platform import registry
-from gsa_platform.testing.case import HEADS, Case, layers
+from gsa_platform.testing.case import HEADS, Case, layers, losses
 from gsa_platform.testing.check import SkipTest, probe
 from gsa_platform.testing.compare import difference, expect_close, expect_finite
 from gsa_platform.testing.gradients import ONE_LAYER, attention_call, loss_of
@@ -110,9 +110,7 @@ def runs_repeat_exactly(case: Case) -> None:
         for _ in range(2):
             model.zero_grad(set_to_none=True)
             out = model(text)
-            loss = out.hidden_BTD.sin().mean()
-            loss = loss + sum(r.index_loss for r in out.reports if r.index_loss is not None)
-            loss.backward()
+            torch.stack([out.hidden_BTD.sin().mean(), *losses(out.reports)]).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             results.append({"the output": out.hidden_BTD.detach(), **grads})
     finally:

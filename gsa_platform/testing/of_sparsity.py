@@ -14,10 +14,13 @@ from gsa_platform.testing.check import SkipTest, probe
 from gsa_platform.testing.compare import expect_close
 
 
-def budget_of(case: Case, sparsity: Any, step: int = 0) -> Any:
-    """The int or the rule; a controller may take the Sequence, whose step it may depend on."""
-    takes = inspect.signature(sparsity.budget).parameters
-    return sparsity.budget(Sequence(step=step)) if takes else sparsity.budget()
+def budget_of(case: Case, model: Any, step: int = 0) -> Any:
+    """The int or the rule of the first layer. A controller may take the Sequence, whose step it
+    may depend on, and the granularity."""
+    layer = layers(model)[0]
+    spec = layer.attention.selection_spec(layer.sparsity)
+    takes = len(inspect.signature(layer.sparsity.budget).parameters)
+    return layer.sparsity.budget(*(Sequence(step=step), spec)[:takes])
 
 
 def statistics_of(case: Case, model: Any) -> list[dict[str, Tensor]]:
@@ -60,7 +63,7 @@ def budgets_are_whole_and_in_bounds(case: Case) -> None:
     model = case.model()
     part, rows = case.part(model), statistics_of(case, model)
     for step in (0, 1, 10**6):
-        budget = budget_of(case, part, step)
+        budget = budget_of(case, model, step)
         if isinstance(budget, bool) or not (isinstance(budget, int) or callable(budget)):
             raise AssertionError(f"budget() returned {budget!r}, neither an int nor a rule")
         values = [budget] if isinstance(budget, int) else [_whole(budget, row) for row in rows]
@@ -75,7 +78,7 @@ def budgets_are_whole_and_in_bounds(case: Case) -> None:
 
 def _whole(rule: Any, row: dict[str, Tensor]) -> Tensor:
     out = rule(row)
-    shape = next(iter(row.values())).shape if row else None
+    shape = next(iter(row.values())).shape[:3] if row else None
     if out.dtype.is_floating_point or (shape is not None and out.shape != shape):
         raise AssertionError(
             f"the rule returned {out.dtype} of shape {tuple(out.shape)}; statistics have shape "
@@ -89,19 +92,21 @@ def budgets_come_from_their_own_row(case: Case) -> None:
     """Changes the statistics of one sequence, and of the later queries: the budgets of the others
     must stay."""
     model = case.model()
-    part, rows = case.part(model), statistics_of(case, model)
-    rule, row = budget_of(case, part), rows[0]
+    rows = statistics_of(case, model)
+    rule, row = budget_of(case, model), rows[0]
     if not callable(rule) or not row:
         raise SkipTest("its budget does not depend on the scores")
     before = rule(row)
     half = before.shape[2] // 2
-    for index, who in (((1,), "sequence 1"), ((..., slice(half, None)), f"queries {half}..")):
+    for index, who in (
+        ((1,), "sequence 1"),
+        ((slice(None), slice(None), slice(half, None)), f"queries {half}.."),
+    ):
         other = {n: s.clone() for n, s in row.items()}
         keep = torch.ones_like(before, dtype=torch.bool)
         keep[index] = False
-        for name, value in other.items():
+        for value in other.values():
             value[index] = (value[index] * 3 + 2).to(value.dtype)
-            assert value.shape == before.shape, name
         after = rule(other)
         if not torch.equal(after[keep], before[keep]):
             moved = int((after[keep] - before[keep]).abs().max())

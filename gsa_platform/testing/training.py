@@ -57,8 +57,11 @@ def total(module: LanguageModel, batch: dict[str, torch.Tensor]) -> float:
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), placed["targets_BT"].flatten()
     )
-    index = [r.index_loss for r in out.reports if r.index_loss is not None]
-    return float((loss + torch.stack(index).mean() if index else loss).detach())
+    for kind in ("index_loss", "budget_loss"):
+        found = [getattr(r, kind, None) for r in out.reports]
+        if parts := [value for value in found if value is not None]:
+            loss = loss + torch.stack(parts).mean()
+    return float(loss.detach())
 
 
 class Once:

@@ -19,7 +19,7 @@ def gsa_register_attention() -> list[Component]:
             c.DenseAttentionConfig,
             "Causal softmax attention over every key (PyTorch SDPA)",
             Capabilities(),
-            Trial(dense={}),
+            trial=Trial(dense={}),
         ),
         Component(
             "gsa",
@@ -27,7 +27,7 @@ def gsa_register_attention() -> list[Component]:
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile")),
-            Trial(reference={"impl": "reference"}),
+            trial=Trial(reference={"impl": "reference"}),
         ),
     ]
 

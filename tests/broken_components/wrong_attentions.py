@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 
 from gsa_platform import Capabilities, Component, hookimpl
 from gsa_platform.contracts import Attention, AttentionOutput
-from gsa_plugins.dense import dense_attention
 
 FLOAT = ("float32", "bfloat16")
 # name -> (class, what it says it can do)
@@ -54,7 +54,15 @@ class Plain(Attention):
         return AttentionOutput(self.attend(q, k, v, seq))
 
     def attend(self, q, k, v, seq):
-        return dense_attention(q, k, v, seq)
+        query = torch.arange(q.shape[1])[:, None] + seq.q_start
+        key = torch.arange(k.shape[1])
+        see = (key <= query)[None, None]
+        if seq.doc_start_BS is not None:
+            starts = seq.doc_start_BS[:, seq.q_start : seq.q_start + q.shape[1]]
+            see = see & (key >= starts[:, None, :, None])
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=see, enable_gqa=True)
+        return out.transpose(1, 2)
 
     def selection_spec(self, sparsity):
         from gsa_kernels.selection import SelectionSpec

@@ -42,7 +42,7 @@ class Overspends(Sparsity):
         super().__init__()
         self.window, self.sinks, self.max_keys = config.window, config.sinks, config.k
 
-    def budget(self):
+    def budget(self, *_):
         return 2 * self.max_keys
 
 
@@ -50,7 +50,9 @@ class AveragesTheBatch(Overspends):
     """Normalised by the present batch, which holds other samples and later tokens (the published
     code of adaptive budgets does this)."""
 
-    def budget(self):
+    statistics = ("variance",)
+
+    def budget(self, *_):
         return self.rule
 
     def rule(self, statistics):
