@@ -100,8 +100,10 @@ def environment(
     else:
         session.run(*pip, "--no-deps", *names, external=True)
         # Every site-packages, since an environment may itself lie over another.
-        packages = "print(*[p for p in __import__('sys').path if p.endswith('-packages')])"
-        theirs = str(session.run("python", "-c", packages, silent=True)).split()
+        packages = (
+            "print(*filter(lambda p: p.endswith('-packages'), __import__('sys').path), sep='|')"
+        )
+        theirs = str(session.run("python", "-c", packages, silent=True)).strip().split("|")
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
         ours = session.run(python, "-c", where, silent=True, external=True)
         (Path(str(ours).strip()) / "dependencies.pth").write_text("\n".join(theirs))

@@ -21,7 +21,12 @@ COMMANDS = ("list", "show", "check", "matrix", "new")
 
 def run(arguments: list[str]) -> int:
     """Run a ``plugins`` command and return its exit code; raises UserError for anything else."""
-    command, *rest = arguments or ["list"]
+    paths = [text for text in arguments if text.startswith("plugins_path=")]
+    command, *rest = [text for text in arguments if text not in paths] or ["list"]
+    if paths:
+        from gsa_platform import compose
+
+        compose.prepare(paths)
     if command == "check":
         from gsa_platform.testing.command import check
 

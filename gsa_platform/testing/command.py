@@ -7,13 +7,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gsa_platform import compose, registry
+from gsa_platform import registry
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.registry import SLOTS
 
 USAGE = (
     "Usage: gsa-platform plugins check NAME [--slot SLOT] [--verbose] [setting=value ...]\n"
-    "  Settings are those of the component; indexer=NAME, plugins_path=FILE and other settings\n"
+    "  Settings are those of the component; plugins_path=FILE, indexer=NAME and other settings\n"
     "  of a run are taken too."
 )
 
@@ -21,7 +21,6 @@ USAGE = (
 def check(arguments: list[str]) -> int:
     """Print the table; returns 0 if every check passed or was skipped, else 1."""
     names, settings, slot, verbose = _parse(arguments)
-    compose.prepare([s for s in settings if s.startswith("plugins_path=")])
     slot, name = _find(names[0], slot)
     own, beside = {}, []
     for text in settings:
@@ -29,7 +28,7 @@ def check(arguments: list[str]) -> int:
         first, _, rest = key.partition(".")
         if key in SLOTS or (rest and first != slot):
             beside.append(text)
-        elif key != "plugins_path":
+        else:
             own[rest or key] = _value(value)
     import torch
 

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 
-from gsa_platform import compose
 from gsa_platform.errors import UserError
 from gsa_platform.registry import SLOTS
 
@@ -70,8 +69,6 @@ def _parse(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], str, 
                 device = value
             else:
                 raise UserError(f"--device is cpu or cuda.\n{USAGE}")
-        elif key == "plugins_path":
-            compose.prepare([text])
         elif equals and not text.startswith("-"):
             given[key] = value.split(",")
         else:
