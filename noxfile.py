@@ -79,6 +79,8 @@ def plugin_example(session: nox.Session) -> None:
 
 def wheel(session: nox.Session, source: str, folder: Path) -> Path:
     """The wheel of a project, built into a folder of its own."""
+    # From an earlier build, setuptools would put files that are no more into the wheel.
+    shutil.rmtree(Path(source, "build"), ignore_errors=True)
     out = Path(tempfile.mkdtemp(dir=folder))
     session.run("python", "-m", "build", "--wheel", "--outdir", str(out), source)
     (found,) = out.glob("*.whl")
@@ -99,14 +101,12 @@ def environment(
         session.run(*pip, *names, *extras, external=True)
     else:
         session.run(*pip, "--no-deps", *names, external=True)
-        # Every site-packages, since an environment may itself lie over another.
-        packages = (
-            "print(*filter(lambda p: p.endswith('-packages'), __import__('sys').path), sep='|')"
-        )
-        theirs = str(session.run("python", "-c", packages, silent=True)).strip().split("|")
-        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        ours = session.run(python, "-c", where, silent=True, external=True)
-        (Path(str(ours).strip()) / "dependencies.pth").write_text("\n".join(theirs))
+        # All of them, because an environment can lie over another one.
+        every = "import sys; [print(p) for p in sys.path if p.endswith('-packages')]"
+        theirs = session.run("python", "-c", every, silent=True)
+        own = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        ours = session.run(python, "-c", own, silent=True, external=True)
+        (Path(str(ours).strip()) / "dependencies.pth").write_text(str(theirs))
     return scripts
 
 

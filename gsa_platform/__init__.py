@@ -1,7 +1,7 @@
 """Experiment platform for attention research; plugin authors import everything from here."""
 
+from gsa_platform.components import Capabilities, Component
 from gsa_platform.hookspecs import PLUGIN_API, hookimpl
-from gsa_platform.registry import Capabilities, Component
 from gsa_platform.trial import Trial
 
 __version__ = "0.1.0"

@@ -16,14 +16,16 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from gsa_platform import config, hardware, registry
+from gsa_platform import config, hardware, registry, searchpath
+from gsa_platform.components import DEPENDENT, SLOTS
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.explain import explain
 
 CONF_MODULE = "gsa_platform.conf"
 CONFIG_NAME = "config"
-_HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 def prepare(overrides: Sequence[str] = ()) -> registry.Registry:
@@ -57,11 +59,15 @@ def load(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 @contextlib.contextmanager
-def hydra_context() -> Iterator[None]:
-    """Enter Hydra's global state with our configuration module, unless it is entered already."""
+def hydra_context(folders: Sequence[str] = ()) -> Iterator[None]:
+    """Enter Hydra's global state with our configuration module, unless it is entered already.
+
+    ``folders`` are searched for YAML too.
+    """
     if GlobalHydra.instance().is_initialized():
         yield
         return
+    searchpath.FOLDERS[:] = folders
     with initialize_config_module(CONF_MODULE, version_base="1.3", job_name="gsa_platform"):
         yield
 
@@ -72,6 +78,9 @@ def resolve(overrides: Sequence[str]) -> DictConfig:
     cfg = _compose(typed, typed)
     parsed = OverridesParser.create().parse_overrides(typed)
     keys = {_key(o) for o in parsed}
+    for slot in SLOTS:  # the settings of the node are those of the component that was chosen
+        if f"{slot}.name" in keys:
+            raise UserError(f"{slot}.name cannot be set. Type {slot}={cfg[slot].name}.")
     _refuse_unknown_additions(cfg, parsed)
     preset, note = _pick_preset(cfg, keys)
     if preset["overrides"]:
@@ -81,7 +90,11 @@ def resolve(overrides: Sequence[str]) -> DictConfig:
         if note:
             cfg.notes.append(note)
         resolve_slots(cfg, keys)
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:  # of an interpolation
+        raise UserError(f"{error.full_key}: {str(error).partition(chr(10))[0]}") from error
     if missing:
         raise UserError(f"No value for {', '.join(missing)}. Add {missing[0]}=VALUE.")
     return cfg
@@ -99,7 +112,7 @@ def choices() -> dict[str, list[str]]:
 def _compose(overrides: list[str], typed: list[str]) -> DictConfig:
     try:
         return compose(CONFIG_NAME, overrides=overrides)
-    except (*_HYDRA_ERRORS, ValueError) as error:  # ValueError: group=null
+    except (*ERRORS, ValueError) as error:  # ValueError: group=null
         raise explain(error, typed) from error
 
 
@@ -178,7 +191,7 @@ def _parse_preset(text: str, chosen: str) -> Override:
 def _fits(cfg: DictConfig, key: str) -> bool:
     """A preset's ``sparsity.k=...`` does not apply once another component has the slot."""
     slot, _, name = key.partition(".")
-    return slot not in registry.SLOTS or not name or name.partition(".")[0] in cfg[slot]
+    return slot not in SLOTS or not name or name.partition(".")[0] in cfg[slot]
 
 
 def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
@@ -197,7 +210,7 @@ def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
         return
     emptied = []
     sparse = [n for n in found.names("attention") if _is_sparse(found, n)]
-    for slot in registry.DEPENDENT:
+    for slot in DEPENDENT:
         if cfg[slot].name == "none":
             continue
         explicit = sorted(k for k in typed_keys if k == slot or k.startswith(f"{slot}."))

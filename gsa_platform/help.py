@@ -21,6 +21,8 @@ Commands
   eval checkpoint=PATH   evaluate a checkpoint
   plugins list           every component, where it comes from and whether it works here
   plugins show NAME      its settings with defaults, and an example
+  runs list              every run: status, start, validation loss, folder
+  runs doctor [--fix]    runs left open by a process that was killed; --fix closes them
   help                   this text
 
 Examples
@@ -38,8 +40,10 @@ Flags of Hydra
   -m, --multirun         one run per combination of comma-separated values
   --cfg job              show the resolved configuration
   --info                 how the configuration was composed
-  --shell-completion     eval "$(gsa-platform --shell-completion install=bash)"
   --hydra-help           the rest
+
+Completion in bash
+  eval "$(gsa-platform --shell-completion install=bash)"
 
 Environment
   GSA_PLUGIN_PATH        one-off plugin files (as plugins_path=./file.py)

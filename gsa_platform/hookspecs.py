@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from gsa_platform.registry import Component
+    from gsa_platform.components import Component
 
 PROJECT = "gsa_platform"
 PLUGIN_API = (1, 0)

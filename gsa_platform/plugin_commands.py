@@ -7,8 +7,9 @@ import inspect
 import re
 
 from gsa_platform import registry
+from gsa_platform.components import DEPENDENT, SLOTS, Component, Entry, Plugin
 from gsa_platform.errors import UserError, unknown
-from gsa_platform.registry import DEPENDENT, SLOTS, Component, Entry, Plugin, Registry
+from gsa_platform.registry import Registry
 
 USAGE = """\
 Usage: gsa-platform plugins list

@@ -9,11 +9,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from gsa_platform import registry
 
+FOLDERS: list[str] = []  # of --config-dir, while an error is explained
+
 
 class PluginSearchPath(SearchPathPlugin):
     """Appends ``pkg://<package>.conf`` for each loaded plugin whose package has that folder."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in FOLDERS:
+            search_path.append("command line", f"file://{folder}")
         for plugin in registry.get().plugins:
             if plugin.module is None:
                 continue

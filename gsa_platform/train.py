@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,38 @@ import torch
 from omegaconf import DictConfig
 
 from gsa_platform import registry
+from gsa_platform.checkpoint import check_checkpoint
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import device_name, peak_memory_gb
-from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
+from gsa_platform.preflight import describe_attention
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
-from gsa_platform.report.summary import render_summary
+from gsa_platform.report.summary import WIDTH, render_summary
 from gsa_platform.tracking import build_loggers
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]:
     """Train, validate and summarise; returns the figures of the closing summary.
 
-    Runs in every worker; only rank 0 logs and prints. Raises UserError before the first step for
-    data or settings that cannot work.
+    `data` is prepared data, if the caller has it. Runs in every worker; only rank 0 logs and
+    prints. Raises UserError before the first step for data or settings that cannot work.
     """
-    began = time.perf_counter()
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    data = TextDataModule(cfg)
-    data.prepare_data()
+    if data is None:
+        data = TextDataModule(cfg)
+        data.prepare_data()
+    began = time.perf_counter()  # whether the text was tokenised before says nothing of the run
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
     if cfg.train.resume is not None:
-        check_checkpoint(module, Path(cfg.train.resume))
+        check_checkpoint(module.model, Path(cfg.train.resume))
     trainer = build_trainer(cfg)
-    try:
-        chosen = module.model.describe(trainer.strategy.root_device.type)
-    except ValueError as error:  # an implementation asked for by name cannot run here
-        raise UserError(f"attention={cfg.attention.name}: {error}") from error
+    chosen = describe_attention(module.model, cfg, trainer.strategy.root_device.type)
     if trainer.is_global_zero:
         for line in opening_lines(cfg, data, module, trainer, chosen):
             say(line)
@@ -66,24 +66,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )
         logger.finalize("success")
     if trainer.is_global_zero:
-        say("\n" + render_summary(result["summary"]))
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns
+        say("\n" + render_summary(result["summary"], columns))
     return result
-
-
-def check_checkpoint(module: LanguageModel, path: Path) -> None:
-    """Raise UserError if the weights in a checkpoint file do not fit the configured model."""
-    if path.is_dir():
-        return  # sharded
-    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    own = module.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        old, new = (tuple(w[name].shape) if name in w else "absent" for w in (weights, own))
-        if old != new:
-            raise UserError(
-                f"train.resume={path} holds another model: {name} is {old} there and {new} here. "
-                "Type the model and component settings of its config.yaml, or leave out "
-                "train.resume."
-            )
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:

@@ -39,15 +39,15 @@ class Terminated(SystemExit):
         super().__init__(EXIT_CODES["killed"])
 
 
-def execute(cfg: DictConfig, target: str = TARGET) -> dict[str, Any]:
-    """Call the training function in this process and return its result.
+def execute(cfg: DictConfig, target: str = TARGET, *prepared: Any) -> dict[str, Any]:
+    """Call the training function, with what is prepared for it, and return its result.
 
     Raises Terminated for SIGTERM and KeyboardInterrupt for Ctrl-C, whatever the training made of
     them, and every other exception as it is. Signal handlers are restored afterwards.
     """
     with _record_sigterm() as received:
         try:
-            result = _resolve(target)(cfg)
+            result = _resolve(target)(cfg, *prepared)
         except SystemExit as error:
             # Lightning ends with sys.exit(1) on Ctrl-C and with exit code 0 on SIGTERM.
             if received:
@@ -123,13 +123,11 @@ def _recorded(cfg: DictConfig, target: str) -> dict[str, Any]:
     return result
 
 
-def _resolve(target: str) -> Callable[[DictConfig], dict[str, Any]]:
+def _resolve(target: str) -> Callable[..., dict[str, Any]]:
     module, colon, name = target.partition(":")
     if not colon:
         raise ValueError(f"target {target!r} is not of the form package.module:function")
-    function: Callable[[DictConfig], dict[str, Any]] = getattr(
-        importlib.import_module(module), name
-    )
+    function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
     return function
 
 

@@ -7,12 +7,19 @@ The model is rebuilt from the configuration inside the checkpoint; overrides cha
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gsa_platform import registry
 from gsa_platform.atomic import write_json
+from gsa_platform.components import SLOTS
+from gsa_platform.config import RootConfig
 from gsa_platform.errors import UserError
+from gsa_platform.explain import parse, refusal
+from gsa_platform.validate import validate
 
 FIXED = ("model", "attention", "indexer", "gate", "objective", "trainer", "optim")
 
@@ -33,46 +40,31 @@ def main(overrides: list[str]) -> int:
 def evaluate(overrides: list[str]) -> dict[str, Any]:
     """{checkpoint, context, tokens, loss, perplexity, bits_per_byte, by_position}."""
     import torch
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from gsa_platform import registry
+    from gsa_platform.checkpoint import read_checkpoint
     from gsa_platform.data.datamodule import TextDataModule
     from gsa_platform.metrics.nll import PositionNLL, TokenNLL
     from gsa_platform.model.cross_entropy import chunked_nll
     from gsa_platform.module import CONFIG_KEY, LanguageModel
 
-    given = OmegaConf.from_dotlist([o for o in overrides if "=" in o])
-    unread = [o for o in overrides if "=" not in o]
-    if unread or "checkpoint" not in given:
+    paths = [o.partition("=")[2] for o in overrides if o.startswith("checkpoint=")]
+    if len(paths) != 1:
         raise UserError(
             "eval needs checkpoint=PATH, for example\n"
             "  gsa-platform eval checkpoint=runs/gsa_128k/<run>/checkpoints/last.ckpt"
         )
-    path = Path(str(given.pop("checkpoint"))).expanduser().absolute()
+    path = Path(paths[0]).expanduser().absolute()
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file; give a .ckpt file or a run folder")
-    for key in given:
-        if key in FIXED:
-            raise UserError(
-                f"eval cannot change {key}: it is fixed by the checkpoint. "
-                "Change context, data, sparsity or train.val_batches instead."
-            )
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"checkpoint={path} cannot be read: {error}") from error
+    saved = read_checkpoint(path, "checkpoint")
     if CONFIG_KEY not in saved:
         raise UserError(f"checkpoint={path} was not written by gsa_platform")
-    cfg: Any = OmegaConf.create(saved[CONFIG_KEY]["config"])
-    OmegaConf.set_struct(cfg, True)
-    try:
-        cfg = OmegaConf.merge(cfg, given)
-    except OmegaConfBaseException as error:
-        raise UserError(f"eval: {str(error).splitlines()[0]}") from error
-    cfg.train.compile = False
+    cfg = changed(
+        saved[CONFIG_KEY]["config"], [o for o in overrides if not o.startswith("checkpoint=")]
+    )
+    validate(cfg)
     data = TextDataModule(cfg)
     if data.vocab_size != saved[CONFIG_KEY]["vocab_size"]:
         raise UserError(
@@ -113,6 +105,40 @@ def evaluate(overrides: list[str]) -> dict[str, Any]:
         "bits_per_byte": float(total.bits_per_byte(data.bytes_per_token)),
         "by_position": by_position,
     }
+
+
+def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
+    """The configuration of a checkpoint with the settings typed; raises UserError for those it
+    cannot take."""
+    cfg: Any = typed_config(saved)
+    for text in overrides:
+        override = parse(text)
+        key = str(override.key_or_group)
+        if key.partition(".")[0] in FIXED:
+            raise UserError(
+                f"eval cannot change {key}: it is fixed by the checkpoint. "
+                "Change context, data, sparsity or train.val_batches instead."
+            )
+        if message := refusal(override, cfg):
+            raise UserError(message)
+        OmegaConf.update(cfg, key, override.value(), merge=True)
+    cfg.train.compile, cfg.train.resume = False, None
+    return cfg
+
+
+def typed_config(saved: dict[str, Any]) -> DictConfig:
+    """A saved configuration with the types of its settings, as composing gives it."""
+    found = registry.get(saved.get("plugins_path"))
+    schema = OmegaConf.structured(RootConfig)
+    for slot in SLOTS:
+        schema[slot] = OmegaConf.structured(found.component(slot, saved[slot]["name"]).config)
+    try:
+        cfg = OmegaConf.merge(schema, saved)
+    except OmegaConfBaseException:  # of another version, with settings that are no more
+        cfg = OmegaConf.create(saved)
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
 
 
 def render(result: dict[str, Any]) -> str:

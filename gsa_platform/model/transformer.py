@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gsa_platform.components import SLOTS
 from gsa_platform.contracts import LayerDims, Sequence
 from gsa_platform.errors import UserError
 from gsa_platform.model.attention_layer import AttentionLayer, Components, LayerCache, LayerReport
 from gsa_platform.model.layer_pattern import expand_pattern
 from gsa_platform.model.rope import RotaryTable
-from gsa_platform.registry import SLOTS, Registry
+from gsa_platform.registry import Registry
 
 
 class SwiGLU(nn.Module):

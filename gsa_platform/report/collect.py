@@ -11,12 +11,12 @@ import lightning as L
 from omegaconf import DictConfig
 
 from gsa_platform.check import training_flops_per_token
+from gsa_platform.components import SLOTS
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.device import device_name
 from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
 from gsa_platform.metrics.throughput import model_flops_utilisation
 from gsa_platform.module import LanguageModel
-from gsa_platform.registry import SLOTS
 
 # Numbers of the closing summary that no step or validation logs.
 FINAL = (

@@ -1,18 +1,18 @@
-"""Closing summary of a run: a plain-text box of what was learned, what it cost and where it is."""
+"""Closing summary of a run: a box of what was learned and what it cost, and where it all is."""
 
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-WIDTH = 99
+WIDTH, NARROWEST = 99, 60
 _LABEL = 21
-_VALUE = WIDTH - 4 - _LABEL
 Row = tuple[str, str]
 
 
-def render_summary(result: Mapping[str, Any]) -> str:
-    """The summary as text of at most 99 columns, ASCII apart from what `result` itself holds.
+def render_summary(result: Mapping[str, Any], width: int = WIDTH) -> str:
+    """The summary as text, ASCII apart from what `result` itself holds: a box of `width` columns
+    (60 to 99), and under it, each whole on a line of its own, what one wants to copy.
 
     result: any of name, model, data (one line each), steps, tokens, wall_s, loss_first, loss,
     val_loss (nats per token), perplexity, bits_per_byte, tokens_per_s, mfu (share),
@@ -22,28 +22,55 @@ def render_summary(result: Mapping[str, Any]) -> str:
     sparse_attention_s, dense_step_s, step_s, dense_note, run_dir, mlflow_command, notes (list).
     A line whose numbers are missing or None is left out; NaN and infinity print "not finite".
     """
-    lines = [_rule(str(result.get("name") or "run"))]
+    box = _Box(min(WIDTH, max(NARROWEST, width)), str(result.get("name") or "run"))
     for title, rows in (
         ("", _head(result)),
         ("Learning", _learning(result)),
         ("Cost", _cost(result)),
         ("Attention", _attention(result)),
-        ("Where", _where(result)),
     ):
-        if not rows:
-            continue
-        if title:
-            lines += [_line(""), _line(title)]
+        if rows and title:
+            box.title(title)
         for label, value in rows:
-            lines += _row(label, value, whole=title == "Where")
+            box.row(label, value)
     notes = [str(note) for note in result.get("notes") or []]
     if notes:
-        lines += [_line(""), _line("Notes")]
-        for note in notes:
-            wrapped = textwrap.wrap(note, WIDTH - 8) or [""]
-            lines += [_line(("  - " if i == 0 else "    ") + w) for i, w in enumerate(wrapped)]
-    lines.append("+" + "-" * (WIDTH - 2) + "+")
-    return "\n".join(lines) + "\n"
+        box.title("Notes")
+    for note in notes:
+        box.item(note)
+    return "\n".join([*box.closed(), *_where(result)]) + "\n"
+
+
+class _Box:
+    """Lines of text between borders."""
+
+    def __init__(self, width: int, title: str) -> None:
+        self.width = width
+        title = textwrap.shorten(title, width - 10, placeholder="...")
+        self.lines = [f"+-- {title} " + "-" * (width - 6 - len(title)) + "+"]
+
+    def title(self, text: str) -> None:
+        self._add("", text)
+
+    def row(self, label: str, value: str) -> None:
+        """Label and value; a long word that the column would cut gets lines of its own."""
+        room = self.width - 6 - _LABEL
+        if max(map(len, value.split())) > room:
+            words = textwrap.wrap(value, self.width - 8, break_on_hyphens=False)
+            self._add(f"  {label}", *("    " + word for word in words))
+            return
+        wrapped = textwrap.wrap(value, room, break_on_hyphens=False)
+        self._add(*(f"  {'' if i else label:<{_LABEL}}{w}" for i, w in enumerate(wrapped)))
+
+    def item(self, text: str) -> None:
+        wrapped = textwrap.wrap(text, self.width - 8) or [""]
+        self._add(*(("    " if i else "  - ") + w for i, w in enumerate(wrapped)))
+
+    def closed(self) -> list[str]:
+        return [*self.lines, "+" + "-" * (self.width - 2) + "+"]
+
+    def _add(self, *lines: str) -> None:
+        self.lines += [f"| {line:<{self.width - 4}} |" for line in lines]
 
 
 def _head(r: Mapping[str, Any]) -> list[Row]:
@@ -109,10 +136,9 @@ def _attention(r: Mapping[str, Any]) -> list[Row]:
     )
 
 
-def _where(r: Mapping[str, Any]) -> list[Row]:
-    return _rows(
-        [("Run folder", _text(r, "run_dir")), ("Compare runs", _text(r, "mlflow_command"))]
-    )
+def _where(r: Mapping[str, Any]) -> list[str]:
+    rows = [("run folder:", r.get("run_dir")), ("compare runs:", r.get("mlflow_command"))]
+    return [text for label, value in rows if value is not None for text in (label, str(value))]
 
 
 def _first_token(r: Mapping[str, Any]) -> str:
@@ -195,24 +221,3 @@ def _join(parts: Iterable[str]) -> str:
 
 def _rows(rows: Iterable[Row]) -> list[Row]:
     return [(label, value) for label, value in rows if value]
-
-
-def _row(label: str, value: str, whole: bool = False) -> list[str]:
-    """Label and value; a value that the column would cut where it must be copied (whole: a path or
-    a command; or a single long word) gets lines of its own."""
-    if len(value if whole else max(value.split(), key=len)) > _VALUE - 2:
-        words = textwrap.wrap(value, WIDTH - 8, break_on_hyphens=False)
-        return [_line(f"  {label}"), *(_line("    " + word) for word in words)]
-    wrapped = textwrap.wrap(value, _VALUE - 2, break_on_hyphens=False)
-    return [
-        _line(f"  {label if i == 0 else '':<{_LABEL}}{part}") for i, part in enumerate(wrapped)
-    ]
-
-
-def _line(text: str) -> str:
-    return f"| {text:<{WIDTH - 4}} |"
-
-
-def _rule(title: str) -> str:
-    title = textwrap.shorten(title, WIDTH - 10, placeholder="...")
-    return f"+-- {title} " + "-" * (WIDTH - 6 - len(title)) + "+"

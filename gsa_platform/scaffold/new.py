@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gsa_platform import registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, unknown
-from gsa_platform.registry import SLOTS
 
 USAGE = "Usage: gsa-platform plugins new NAME --slot SLOT [--folder FOLDER]"
 # Endings of a package's name that say its slot, not its component.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gsa_platform import compose, registry
+from gsa_platform.components import SLOTS, Capabilities, Entry
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
-from gsa_platform.registry import Capabilities, Entry
 from gsa_platform.testing.small import Sizes, candidates, fitting
 from gsa_platform.validate import validate
 
@@ -92,7 +92,7 @@ class Case:
         chosen["attention"] = attention_beside(self.slot)
         for text in self.beside:
             key, _, value = text.partition("=")
-            if key in registry.SLOTS:
+            if key in SLOTS:
                 chosen[key] = value
         chosen[self.slot] = self.name
         if found.component("attention", chosen["attention"]).capabilities.modes:
@@ -127,7 +127,7 @@ class Case:
             values = {**sizes.values(slot), **({"mode": sizes.mode} if sizes.mode else {})}
             values = {**fitting(component.config, values), **self.given(slot)}
             lines += [f"{slot}.{key}={json.dumps(value)}" for key, value in values.items()]
-        lines += [t for t in self.beside if t.partition("=")[0] not in registry.SLOTS]
+        lines += [t for t in self.beside if t.partition("=")[0] not in SLOTS]
         typed = {text.partition("=")[0] for text in more}
         return [line for line in lines if line.partition("=")[0] not in typed] + list(more)
 
@@ -202,7 +202,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for layer in layers(model):
-                for slot in registry.SLOTS:
+                for slot in SLOTS:
                     part = getattr(layer, slot)
                     for parameter in [] if part is None else part.parameters():
                         noise = torch.randn(parameter.shape, generator=generator)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gsa_platform import registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.testing import (
     building,
@@ -105,8 +106,8 @@ def slot_checks(
     one. A component of another slot is checked in one mode of the attention beside it (gsa), and
     again for what every combination must keep in the others.
     """
-    if slot not in registry.SLOTS:
-        raise UserError(unknown("slot", slot, registry.SLOTS))
+    if slot not in SLOTS:
+        raise UserError(unknown("slot", slot, SLOTS))
     found, settings = registry.get(), dict(settings or {})
     own = found.component(slot, name)
     probes = (*GENERAL, *OF_SLOT[slot])

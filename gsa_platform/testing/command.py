@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gsa_platform import registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, unknown
-from gsa_platform.registry import SLOTS
 
 USAGE = (
     "Usage: gsa-platform plugins check NAME [--slot SLOT] [--verbose] [setting=value ...]\n"

@@ -11,9 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from gsa_platform import compose, registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.model.transformer import Transformer
-from gsa_platform.registry import SLOTS
 from gsa_platform.testing.case import Case, losses
 from gsa_platform.testing.small import Sizes, fitting
 from gsa_platform.validate import validate

@@ -6,8 +6,8 @@ import json
 import sys
 import time
 
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError
-from gsa_platform.registry import SLOTS
 
 USAGE = (
     "Usage: gsa-platform plugins matrix [--slot SLOT ...] [slot=NAME,NAME ...] [--json]\n"

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from gsa_platform.registry import SLOTS
+from gsa_platform.components import SLOTS
 from gsa_platform.testing.matrix import BROKEN, REFUSED, WORKS, Combination, Outcome
 
 WIDTH = 99

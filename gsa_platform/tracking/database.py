@@ -73,7 +73,8 @@ def open_database(uri: str) -> Database:
     uri = normalise_uri(uri)
     if not uri.startswith(SQLITE):
         return Database(uri, None)
-    path = Path(uri[len(SQLITE) :].partition("?")[0])
+    _client_class(uri)  # refuses before anything is created
+    path = _sqlite_path(uri)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,12 +82,37 @@ def open_database(uri: str) -> Database:
     # MLflow creates tables and runs migrations in the client's constructor with no lock of its
     # own, so two first users of one file break each other.
     with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-        _create_schema(uri)
+        fresh = not path.exists()
+        try:
+            _checked_client(uri)
+        except BaseException as error:
+            if fresh:
+                path.unlink(missing_ok=True)  # half a schema would break every later run
+            if "disk is full" in str(error):
+                raise UserError(f"tracking.uri={uri}: no space left for the database") from error
+            raise
     return Database(uri, path.parent / "mlflow-artifacts")
+
+
+def existing_store(uri: str) -> MlflowClient | None:
+    """A client of a store that is there already; None, and nothing created, if it is not.
+
+    Raises UserError for a schema of another MLflow version.
+    """
+    return _checked_client(uri) if store_exists(uri) else None
+
+
+def store_exists(uri: str) -> bool:
+    """Whether a store is there already; a server always is."""
+    return not uri.startswith(SQLITE) or _sqlite_path(uri).is_file()
 
 
 def mlflow_client(uri: str) -> MlflowClient:
     """An MlflowClient for `uri`; raises UserError, naming `tracking=none`, without MLflow."""
+    return _client_class(uri)(uri)
+
+
+def _client_class(uri: str) -> type[MlflowClient]:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         if not uri.startswith(("http://", "https://")):
@@ -97,10 +123,15 @@ def mlflow_client(uri: str) -> MlflowClient:
             f"tracking=mlflow needs the full mlflow package ({error}); install `mlflow` "
             "(mlflow-skinny has no database) or choose tracking=none"
         ) from error
-    return MlflowClient(uri)
+    return MlflowClient
 
 
-def _create_schema(uri: str) -> None:
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri[len(SQLITE) :].partition("?")[0])
+
+
+def _checked_client(uri: str) -> MlflowClient:
+    """Creates the schema of an empty database, which MLflow does in the client's constructor."""
     for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.WARNING)
     client = mlflow_client(uri)
@@ -115,3 +146,4 @@ def _create_schema(uri: str) -> None:
             f"tracking.uri={uri} was written by another MLflow version; back it up and run "
             f"`mlflow db upgrade {uri}`, or choose another tracking.uri"
         ) from error
+    return client

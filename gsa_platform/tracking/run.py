@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from gsa_platform.tracking.database import Database, mlflow_client, open_database
 from gsa_platform.tracking.environment import git_state, versions
+from gsa_platform.tracking.process import process_tags
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG, SOURCE_TAG, SOURCE = "mlflow.parentRunId", "mlflow.source.name", "gsa_platform"
 MAX_KEY, MAX_VALUE, MAX_TAG, BATCH = 250, 6000, 5000, 100
 # Differ between any two runs or are changed by a resume: no parameters of the experiment.
 VOLATILE = (
@@ -45,7 +47,8 @@ def create_run(cfg: DictConfig, run_dir: str | Path, database: Database | None =
     database = database or open_database(cfg.tracking.uri)
     client = database.client()
     run_name = cfg.tracking.get("run_name") or Path(run_dir).name
-    run_id = _new_run(client, database, cfg, run_name, cfg.tracking.get("parent_run_id"))
+    parent = cfg.tracking.get("parent_run_id")
+    run_id = _new_run(client, database, cfg, run_name, parent, Path(run_dir))
     try:
         _log_params(client, run_id, flatten_params(cfg))
         _log_provenance(client, run_id, cfg, folder="")
@@ -73,6 +76,8 @@ def resume_run(run_id: str, cfg: DictConfig) -> str:
         raise KeyError(f"no run {run_id} in {cfg.tracking.uri}") from error
     if run.info.lifecycle_stage == "deleted":
         raise KeyError(f"run {run_id} in {cfg.tracking.uri} was deleted")
+    for key, value in process_tags(cfg.run_dir).items():
+        client.set_tag(run_id, key, value)
     client.update_run(run_id, status="RUNNING")
     try:
         logged, now = run.data.params, flatten_params(cfg)
@@ -89,10 +94,27 @@ def resume_run(run_id: str, cfg: DictConfig) -> str:
     return str(run.info.status)
 
 
-def finish_run(run_id: str, status: str, uri: str) -> None:
-    """Close a run with FINISHED, FAILED or KILLED."""
+def finish_run(run_id: str, status: str, uri: str, end_s: float | None = None) -> None:
+    """Close a run with FINISHED, FAILED or KILLED; end_s: Unix time of its end, None for now."""
     assert status in STATUSES, status
-    mlflow_client(uri).set_terminated(run_id, status)
+    end_ms = None if end_s is None else int(1000 * end_s)
+    mlflow_client(uri).set_terminated(run_id, status, end_ms)
+
+
+def find_runs(client: MlflowClient) -> list[Run]:
+    """Every run of this platform in a store, deleted ones left out."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found: list[Run] = []
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments, f"tags.`{SOURCE_TAG}` = '{SOURCE}'", page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            break
+    return found
 
 
 def discard_run(run_id: str, uri: str) -> bool:
@@ -112,11 +134,11 @@ def discard_run(run_id: str, uri: str) -> bool:
     return True
 
 
-def create_sweep_run(cfg: DictConfig, sweep_name: str) -> str:
+def create_sweep_run(cfg: DictConfig, folder: Path) -> str:
     """Create the run that the jobs of a sweep hang under, and return its id."""
     database = open_database(cfg.tracking.uri)
     client = database.client()
-    run_id = _new_run(client, database, cfg, sweep_name, None)
+    run_id = _new_run(client, database, cfg, folder.name, None, folder)
     client.set_tag(run_id, "sweep", "true")
     client.log_text(run_id, shlex.join(sys.argv) + "\n", "command.txt")
     return run_id
@@ -153,13 +175,18 @@ def _shorten(text: str, limit: int) -> str:
 
 
 def _new_run(
-    client: MlflowClient, database: Database, cfg: DictConfig, run_name: str, parent: str | None
+    client: MlflowClient,
+    database: Database,
+    cfg: DictConfig,
+    run_name: str,
+    parent: str | None,
+    folder: Path,
 ) -> str:
     experiment = str(cfg.tracking.get("experiment") or cfg.name)
     own = OmegaConf.to_container(cfg.tracking.get("tags") or OmegaConf.create({}), resolve=True)
     assert isinstance(own, dict)
     tags = {"group": str(cfg.name), **{str(k): str(v) for k, v in own.items()}}
-    tags |= {"mlflow.source.name": "gsa_platform", "mlflow.source.type": "LOCAL"}
+    tags |= {SOURCE_TAG: SOURCE, "mlflow.source.type": "LOCAL", **process_tags(folder)}
     if parent:
         tags[PARENT_TAG] = str(parent)
     experiment_id = _experiment_id(client, database, experiment)

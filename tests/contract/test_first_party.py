@@ -7,7 +7,7 @@ import re
 import pytest
 
 from gsa_platform import registry
-from gsa_platform.registry import SLOTS
+from gsa_platform.components import SLOTS
 from gsa_platform.testing import slot_checks
 
 REASONS = (  # why a check may be skipped

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gsa_platform import compose, registry
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError
-from gsa_platform.registry import SLOTS
 from gsa_platform.testing.matrix import BROKEN, REFUSED, WORKS, Matrix
 from gsa_platform.testing.matrix_text import boxes, by_reason, render
 from gsa_platform.validate import validate

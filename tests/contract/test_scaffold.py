@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError
-from gsa_platform.registry import SLOTS
 from gsa_platform.scaffold import write_package
 from gsa_platform.scaffold.new import component_name
 

@@ -1,5 +1,5 @@
 """Training from the command line, in processes of their own: what it leaves, resume, several
-devices, sweeps, other components, and how bad input ends."""
+devices, sweeps and other components."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def smoke(gsa: Gsa, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 def test_smoke_leaves_a_finished_run(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     (run,) = run_folders(folder)
-    words = " ".join(output.replace("|", " ").split())  # a long path wraps inside the box
     assert "| Learning" in output
-    assert "mlflow ui --backend-store-uri sqlite:///" in words
+    command = f"mlflow ui --backend-store-uri sqlite:///{folder}/runs/mlflow.db"
+    assert command in output.splitlines()  # whole, on a line of its own
     files = ("config.yaml", "result.json", "metrics.jsonl", "checkpoints/last.ckpt")
     assert all((run / name).stat().st_size > 0 for name in files)
     assert [path.name for path in folder.iterdir()] == ["runs"]
@@ -178,53 +178,6 @@ def test_variants_train(
     if overrides == ("attention=dense", "gate=none"):
         slots = "attention=dense indexer=none sparsity=none gate=none objective=none"
         assert slots in capfd.readouterr().out
-
-
-BROKEN = """
-from dataclasses import dataclass
-from gsa_platform import Component, hookimpl
-
-import package_that_is_not_there
-"""
-
-# overrides, what the message must say
-BAD = [
-    (("experiment=smoek",), "smoke"),
-    (("attention=gsaa",), "Did you mean 'gsa'"),
-    (("sparsity.k=x",), r"sparsity\.k"),
-    (("attention=dense", "indexer=gated_lightning"), "attention=dense attends to every key"),
-    (("sparsity.k=64",), r"below what is always attended(.|\n)*sparsity\.k=80"),
-    (("model.n_heads=3", "model.n_kv_heads=2"), "does not divide model.n_heads=3"),
-    (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
-    (("data.max_bytes=20000", "context=65536"), "context 65536 is longer than the data"),
-    (("train.resume=other.ckpt", "model.d_model=128"), "holds another model"),
-    (("plugins_path=broken.py", "attention=broken"), "package_that_is_not_there"),
-    (
-        ("model.n_heads=4", "model.n_kv_heads=2", "indexer.heads=3",
-         "attention.selection_heads=kv"),
-        "indexer.heads=3 is not a multiple of 2",
-    ),
-    (("attention.mode=nonsense",), "token, block or tile"),
-    (("attention.impl=triton",), "impl=triton cannot run"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[" ".join(o) for o, _ in BAD])
-def test_bad_input_is_one_clean_message(
-    gsa: Gsa, smoke: tuple[Path, str], tmp_path: Path, overrides: tuple[str, ...], message: str
-) -> None:
-    (run,) = run_folders(smoke[0])
-    (tmp_path / "other.ckpt").symlink_to(run / "checkpoints" / "last.ckpt")
-    (tmp_path / "broken.py").write_text(BROKEN)
-    done = gsa(tmp_path, *SMALL, *overrides)
-    text = done.stdout + done.stderr
-    assert done.returncode == 2, text
-    assert "Traceback" not in text and done.stderr.count("error: ") == 1
-    assert re.search(message, done.stderr), done.stderr
-    left = {p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()}
-    assert left <= {"mlflow.db", "mlflow.db.lock", "worker.log"}
-    beside = {p.name for p in tmp_path.iterdir()}
-    assert beside <= {"runs", "other.ckpt", "broken.py", "__pycache__"}
 
 
 # overrides, parameters, least factor that dense training costs more

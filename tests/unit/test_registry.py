@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError
-from gsa_platform.registry import SLOTS, Registry
+from gsa_platform.registry import Registry
 
 BROKEN = "raise ImportError('no libacme here')\n"
 

@@ -65,27 +65,44 @@ GOLDEN = """\
 |   First-token share    6.00 % mean over layers, 10.00 % in layer 0, 0.64 % if uniform
 |   Mean gate (0 to 1)   0.450 value, 0.200 output
 |
-| Where
-|   Run folder           /runs/gsa_128k
-|   Compare runs         mlflow ui --backend-store-uri sqlite:////runs/mlflow.db
-|
 | Notes
 |   - preset h200 picked
 +
 """
+BELOW = """\
+run folder:
+/runs/gsa_128k
+compare runs:
+mlflow ui --backend-store-uri sqlite:////runs/mlflow.db
+"""
 
 
-def inner(text):
+def split(text):
+    """The box, and what stands below it."""
+    end = text.index("\n+-", 1)
+    end = text.index("\n", end + 1) + 1
+    return text[:end], text[end:]
+
+
+def inner(text, width=99):
     """The box without its right border and padding."""
-    lines = text.splitlines()
-    assert all(len(line) == 99 for line in lines)
+    lines = split(text)[0].splitlines()
+    assert all(len(line) == width for line in lines)
     assert all(line[-1] == ("+" if line[0] == "+" else "|") for line in lines)
-    return "".join(re.sub(r"[ -]*[|+]?$", "", line[:98]) + "\n" for line in lines)
+    return "".join(re.sub(r"[ -]*[|+]?$", "", line[: width - 1]) + "\n" for line in lines)
 
 
 def test_golden_text():
     expected = "".join(re.sub(r"[ -]*$", "", line) + "\n" for line in GOLDEN.splitlines())
     assert inner(render_summary(RESULT)) == expected
+    assert split(render_summary(RESULT))[1] == BELOW
+
+
+@pytest.mark.parametrize(("asked", "width"), [(80, 80), (20, 60), (200, 99)])
+def test_the_box_fits_the_terminal(asked, width):
+    text = inner(render_summary(RESULT, asked), width)
+    # Every word is there, at any width.
+    assert set(re.findall(r"\w+", inner(render_summary(RESULT)))) <= set(re.findall(r"\w+", text))
 
 
 @pytest.mark.parametrize("missing", sorted(RESULT))
@@ -105,7 +122,7 @@ def test_empty_result_is_an_empty_box():
 def test_empty_groups_have_no_title():
     text = render_summary({"name": "x", "loss": 1.0})
     assert "Learning" in text
-    assert not re.search("Cost|Attention|Where|Notes", text)
+    assert not re.search("Cost|Attention|run folder|Notes", text)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -133,16 +150,15 @@ def test_short_times_keep_their_digits():
     assert "4.2 s" in text
 
 
-def test_a_command_is_not_cut_if_a_line_can_hold_it():
-    command = "mlflow ui --backend-store-uri sqlite:////" + "x" * 40 + "/mlflow.db"
-    path = "/" + "y" * 85
-    lines = inner(render_summary({"mlflow_command": command, "run_dir": path})).splitlines()
-    assert "|     " + command in lines
-    assert "|     " + path in lines
+def test_what_is_to_be_copied_is_whole():
+    command = "mlflow ui --backend-store-uri sqlite:////" + "x" * 200 + "/mlflow.db"
+    path = "/" + "y" * 300
+    _, below = split(render_summary({"mlflow_command": command, "run_dir": path}, 80))
+    assert below.splitlines() == ["run folder:", path, "compare runs:", command]
 
 
-def test_anything_longer_is_wrapped_and_complete():
-    path, note = "/" + "y" * 250, "word " * 60
-    text = render_summary({"run_dir": path, "notes": [note], "name": "n" * 200})
+def test_long_notes_are_wrapped_and_complete():
+    word, note = "y" * 250, "word " * 60
+    text = render_summary({"data": word, "notes": [note], "name": "n" * 200})
     assert inner(text).count("y") == 250
     assert inner(text).count("word") == 60

@@ -106,7 +106,23 @@ def test_missing_sqlalchemy_names_tracking_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     with pytest.raises(UserError, match="tracking=none"):
-        open_database(f"sqlite:///{tmp_path}/mlflow.db")
+        open_database(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_that_could_not_be_made_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mlflow.db"
+
+    def fill(uri: str) -> None:
+        path.write_text("half a schema")
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("gsa_platform.tracking.database._checked_client", fill)
+    with pytest.raises(UserError, match="no space left"):
+        open_database(f"sqlite:///{path}")
+    assert not path.exists()
 
 
 def test_tracking_import_loads_neither_mlflow_nor_torch() -> None:

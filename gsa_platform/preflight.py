@@ -1,0 +1,66 @@
+"""What only trying can tell: whether the data, the components and a checkpoint can be used.
+
+    python -m gsa_platform.preflight < config.yaml
+
+tries it in a process of its own. Exit codes: 0 ok, 2 refused, with the message on stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from gsa_platform import registry
+from gsa_platform.checkpoint import check_checkpoint
+from gsa_platform.data.datamodule import TextDataModule
+from gsa_platform.errors import UserError
+from gsa_platform.model.transformer import Transformer
+from gsa_platform.worker import EXIT_CODES
+
+
+def preflight(cfg: Any) -> TextDataModule | None:
+    """Prepare the data, and build the model without memory; raises UserError for what is refused.
+
+    Returns the data for the training to go on with, or None if something failed that the user
+    did not ask for: that is for the training to raise, in a run that keeps it.
+    """
+    try:
+        data = TextDataModule(cfg)
+        data.prepare_data()
+        with torch.device("meta"):
+            model = Transformer(cfg, data.vocab_size, registry.get(cfg.get("plugins_path")))
+        if cfg.train.resume is not None:
+            check_checkpoint(model, Path(cfg.train.resume))
+        on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        describe_attention(model, cfg, "cuda" if on_gpu else "cpu")
+    except UserError:
+        raise
+    except Exception:
+        return None
+    return data
+
+
+def describe_attention(model: Transformer, cfg: Any, device_type: str) -> list[str]:
+    """The implementation of each layer; raises UserError if one asked for by name cannot run."""
+    try:
+        return model.describe(device_type)
+    except ValueError as error:
+        raise UserError(f"attention={cfg.attention.name}: {error}") from error
+
+
+def main() -> int:
+    """Try the configuration on stdin."""
+    try:
+        preflight(OmegaConf.create(sys.stdin.read()))
+    except UserError as error:
+        print(error)
+        return EXIT_CODES["user"]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
