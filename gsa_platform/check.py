@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -48,7 +49,7 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
             cfg.context // shared,
             block if pooled else 1,
         )
-    return flops_per_token(
+    flops = flops_per_token(
         cfg.model,
         cfg.context,
         vocab,
@@ -57,6 +58,18 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
         indexer,
         gate_parameters(cfg),
     )
+    return replace(flops, attention=flops.attention - _not_dense(cfg, model))
+
+
+def _not_dense(cfg: Any, model: Any) -> int:
+    """FLOPs per token by which layers that limit their own keys cost less than dense ones."""
+    saved = 0.0
+    for block in model.blocks:
+        layer = block.attention
+        keys = layer.attention.mean_keys(cfg.context) if layer.indexer is None else None
+        if keys is not None:
+            saved += 4 * layer.dims.n_heads * layer.dims.head_dim * (cfg.context / 2 - keys)
+    return round(saved)
 
 
 def gate_parameters(cfg: Any) -> int:
@@ -131,7 +144,7 @@ def render(
     parts = ", ".join(f"{k} {v:,}" for k, v in result["parameters_by_part"].items())
     lines = [
         f"model        {cfg.model.name}, context {cfg.context:,}",
-        *(f"             {line}" for line in model.describe("cpu")),
+        *(f"             {line}" for line in describe(cfg, model)),
         f"parameters   {result['parameters']:,} ({parts})",
         f"FLOPs/token  {sparse.training / 1e6:,.1f} M to train "
         f"(attention {mega(sparse.attention)}, indexer {mega(sparse.indexer)})",
@@ -145,6 +158,25 @@ def render(
         f"loss {memory.loss / gb:.2f}",
     ]
     return "\n".join(lines)
+
+
+def describe(cfg: Any, model: Any) -> list[str]:
+    """The implementations a run of this configuration would use, where this machine can tell.
+
+    Raises UserError for one that was asked for by name and cannot run.
+    """
+    import torch
+
+    from gsa_platform.capabilities import device_kind
+    from gsa_platform.errors import UserError
+
+    kind = device_kind(cfg)
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [f"attention={cfg.attention.name}: no CUDA device here to choose kernels for"]
+    try:
+        return list(model.describe(kind))
+    except ValueError as error:
+        raise UserError(f"attention={cfg.attention.name}: {error}") from error
 
 
 def step_tokens(cfg: Any) -> int:

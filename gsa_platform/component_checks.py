@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gsa_platform import hardware, registry
+from gsa_platform import registry
+from gsa_platform.capabilities import because, device_kind, unmet
 from gsa_platform.components import SLOTS
 from gsa_platform.errors import suggest
 from gsa_platform.setting_checks import Problems, head_dim, listed, one_of
@@ -47,8 +48,7 @@ def _layer_pattern(cfg: Any) -> Problems:
 
 def _components(cfg: Any) -> Problems:
     """The chosen components against what they say they can do."""
-    kind = cfg.trainer.accelerator
-    kind = hardware.detect().kind if kind == "auto" else {"gpu": "cuda"}.get(kind, kind)
+    kind = device_kind(cfg)
     dtype = "bfloat16" if str(cfg.trainer.precision).startswith("bf16") else "float32"
     for slot in SLOTS:
         entry = registry.get().entry(slot, cfg[slot].name)
@@ -57,7 +57,8 @@ def _components(cfg: Any) -> Problems:
             yield f"{chosen} cannot run here: {reason}."
         if kind in ("cpu", "cuda") and kind not in can.devices:
             yield (
-                f"{chosen} runs on {', '.join(can.devices)}, not on {kind}. "
+                f"{chosen} runs on {', '.join(can.devices)}, not on {kind}"
+                f"{because(can, 'devices')}. "
                 f"Type trainer.accelerator={can.devices[0]}, or another {slot}."
             )
         if dtype not in can.dtypes:
@@ -71,11 +72,17 @@ def _components(cfg: Any) -> Problems:
                 f"Type {listed('model.head_dim', can.head_dims)}."
             )
         if not can.backward:
-            yield f"{chosen} has no backward pass, so it cannot be trained. Type another {slot}."
+            yield (
+                f"{chosen} has no backward pass, so it cannot be trained"
+                f"{because(can, 'backward')}. Type another {slot}."
+            )
         if not can.varlen and not cfg.data.cross_document:
             yield f"{chosen} cannot keep documents apart. Type data.cross_document=true."
         if not can.deterministic and cfg.train.deterministic:
-            yield f"{chosen} is not deterministic. Type train.deterministic=false."
+            yield (
+                f"{chosen} is not deterministic{because(can, 'deterministic')}. "
+                "Type train.deterministic=false."
+            )
 
 
 def _granularity(cfg: Any) -> Problems:
@@ -140,4 +147,4 @@ def _objective(cfg: Any) -> Problems:
         )
 
 
-CHECKS = (_layer_pattern, _components, _granularity, _budget, _objective)
+CHECKS = (_layer_pattern, _components, unmet, _granularity, _budget, _objective)

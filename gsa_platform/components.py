@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,12 @@ DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees e
 @dataclass(frozen=True)
 class Capabilities:
     """What a component can do. Empty ``head_dims`` means any; empty ``modes`` means that an
-    attention attends to every key and takes no Selection."""
+    attention takes no Selection: it decides by itself which keys a query attends.
+
+    ``mass`` and ``bias``, for attentions that take a Selection: it reports the attention on each
+    selected block, and adds a bias to the logits of each. ``requires`` names capabilities that
+    the attention beside this component must have, each with the setting that asks for it ("" for
+    always). ``reasons`` says why a capability is missing or narrow; refusals quote it."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -30,20 +36,26 @@ class Capabilities:
     decode: bool = True
     varlen: bool = True
     deterministic: bool = True
+    mass: bool = False
+    bias: bool = False
     needs: tuple[str, ...] = ()
+    requires: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Component:
     """One named choice for a slot. ``target`` is ``"package.module:Class"``, imported only when
     the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``.
-    ``trial`` says how the contract kit tries it (gsa_platform.testing)."""
+    ``details`` is ``"package.module:function"``; ``plugins show`` prints the lines it returns
+    about this machine. ``trial`` says how the contract kit tries it (gsa_platform.testing)."""
 
     name: str
     target: str
     config: type
     summary: str = ""
     capabilities: Capabilities = Capabilities()
+    details: str = ""
     trial: Trial = field(default_factory=Trial)
 
 

@@ -216,7 +216,7 @@ def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
         explicit = sorted(k for k in typed_keys if k == slot or k.startswith(f"{slot}."))
         if explicit:
             raise UserError(
-                f"attention={name} attends to every key, so {slot}={cfg[slot].name} would do "
+                f"attention={name} takes no selection, so {slot}={cfg[slot].name} would do "
                 f"nothing (you set {', '.join(explicit)}).\n"
                 f"  Leave {slot} out, or use attention={' or '.join(sparse) or '(a sparse one)'}."
             )
@@ -224,7 +224,7 @@ def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
         emptied.append(slot)
     if emptied:
         cfg.notes.append(
-            f"attention={name} attends to every key: {' '.join(f'{s}=none' for s in emptied)}"
+            f"attention={name} takes no selection: {' '.join(f'{s}=none' for s in emptied)}"
         )
 
 

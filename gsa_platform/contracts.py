@@ -73,7 +73,8 @@ class Part(nn.Module):
     """What every component is. The host builds it as `Class(config, dims)` and reads nothing of
     it but the methods of its slot; a subclass that needs neither may leave out its __init__."""
 
-    def __init__(self, config: Any = None, dims: LayerDims | None = None) -> None:
+    def __init__(self, config: Any = None, dims: Any = None) -> None:
+        """dims: a LayerDims."""
         super().__init__()
         self.config, self.dims = config, dims
 
@@ -104,6 +105,11 @@ class Attention(Part):
     def describe(self, device_type: str) -> str:
         """One line for the log: which implementation will run on this device, and why."""
         return ""
+
+    def mean_keys(self, context: int) -> float | None:
+        """Mean keys a query of a whole sequence attends, where the attention alone decides it;
+        None: the selection decides, or every causal key is attended."""
+        return None
 
     def probe(
         self, q_BTHE: Tensor, k_BSKE: Tensor, selection: Any, seq: Sequence

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
+from itertools import pairwise
+from typing import Any
 
-from gsa_platform import registry
+from gsa_platform import hardware, registry
+from gsa_platform.capabilities import because
 from gsa_platform.components import DEPENDENT, SLOTS, Component, Entry, Plugin
 from gsa_platform.errors import UserError, unknown
 from gsa_platform.registry import Registry
 
+SELECTION_ONLY = ("mass", "bias")
 USAGE = """\
 Usage: gsa-platform plugins list
        gsa-platform plugins show NAME
@@ -58,7 +63,7 @@ def list_text(found: Registry) -> str:
     for slot in SLOTS:
         for name in found.names(slot):
             entry = found.entries[slot][name]
-            reason = entry.unavailable()
+            reason = _reason(entry)
             status = f"unavailable: {reason}" if reason else "ok"
             rows.append((slot, name, *_source(entry.plugin), status, entry.component.summary))
     for plugin in found.plugins:
@@ -105,7 +110,7 @@ def _plugin_text(found: Registry, plugin: Plugin) -> str:
 def _component_text(entry: Entry) -> str:
     component, slot = entry.component, entry.slot
     distribution, version = _source(entry.plugin)
-    reason = entry.unavailable()
+    reason = _reason(entry)
     lines = [
         f"{slot}={component.name}",
         f"  {component.summary}" if component.summary else "",
@@ -114,7 +119,10 @@ def _component_text(entry: Entry) -> str:
         f"  target        {component.target or '(nothing is built)'}",
     ]
     if component.target:
-        lines.append(f"  capabilities  {_capabilities(component)}")
+        lines.append(f"  capabilities  {_capabilities(component, slot)}")
+    for name, reason in component.capabilities.reasons.items():
+        lines.append(f"  {name:<13} {reason}")
+    lines += [f"  {'here':<13} {line}" for line in _details(entry)]
     settings = [f for f in dataclasses.fields(component.config) if f.name != "name"]
     if settings:
         comments = field_comments(component.config)
@@ -131,15 +139,52 @@ def _component_text(entry: Entry) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _capabilities(component: Component) -> str:
+def _reason(entry: Entry) -> str:
+    """Why this machine cannot run a component; empty if it can."""
+    can, kind = entry.component.capabilities, hardware.detect().kind
+    if (reason := entry.unavailable()) or kind in can.devices:
+        return reason
+    return f"needs {' or '.join(can.devices)}, this machine has {kind}{because(can, 'devices')}"
+
+
+def _details(entry: Entry) -> list[str]:
+    """What the component itself says of this machine."""
+    module, _, function = entry.component.details.partition(":")
+    if not module or entry.unavailable():
+        return []
+    try:
+        return [str(line) for line in getattr(importlib.import_module(module), function)()]
+    except Exception as error:  # it looks at drivers and extensions, and must not hide the rest
+        return [f"cannot tell: {type(error).__name__}: {error}"]
+
+
+def _capabilities(component: Component, slot: str) -> str:
     parts = []
+    takes_selection = slot == "attention" and component.capabilities.modes
     for field in dataclasses.fields(component.capabilities):
         value = getattr(component.capabilities, field.name)
-        if isinstance(value, bool):
+        if field.name == "requires":
+            parts += [_requirement(slot, need, setting) for need, setting in value.items()]
+        elif field.name == "reasons" or (field.name in SELECTION_ONLY and not takes_selection):
+            continue
+        elif isinstance(value, bool):
             parts.append(field.name if value else f"no {field.name}")
         elif value:
-            parts.append(f"{field.name} {'/'.join(map(str, value))}")
+            parts.append(f"{field.name} {_values(value)}")
     return ", ".join(parts)
+
+
+def _values(values: tuple[Any, ...]) -> str:
+    """Separated by slashes; a longer arithmetic series by its ends."""
+    if len(values) > 4 and all(isinstance(v, int) for v in values):
+        steps = {b - a for a, b in pairwise(values)}
+        if len(steps) == 1:
+            return f"{values[0]} to {values[-1]} by {steps.pop()}"
+    return "/".join(map(str, values))
+
+
+def _requirement(slot: str, need: str, setting: str) -> str:
+    return f"needs an attention with {need}" + f" if {slot}.{setting}=true" * bool(setting)
 
 
 def _default(field: dataclasses.Field[object]) -> str:

@@ -157,6 +157,11 @@ class AttentionLayer(nn.Module):
         learn = objective is not None and self.training and torch.is_grad_enabled()
         need_mass = learn and objective is not None and objective.need_mass
         result = self.attention(q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass)
+        if need_mass and result.mass is None:
+            raise ValueError(
+                f"{type(self.attention).__name__} returned no mass, which "
+                f"{type(objective).__name__} asked for: its Capabilities need mass=False"
+            )
         if learn and objective is not None:
             report.index_loss = objective.loss(
                 factors, spec, choice.selection, result.mass, q, k, seq

@@ -188,7 +188,7 @@ def ffn_width(d_model: int, ffn_dim: int) -> int:
 
 
 def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Components:
-    """The slots of one layer. A layer that attends to every key takes no indexer."""
+    """The slots of one layer. An attention without a Selection takes no indexer."""
     configured = name in ("*", cfg.attention.name)
     attention = registry.build("attention", cfg.attention if configured else {"name": name}, dims)
     gate = registry.build("gate", cfg.gate, dims)

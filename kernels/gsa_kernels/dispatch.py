@@ -1,6 +1,7 @@
 """Choice of an implementation by name: a named one never falls back, `auto` says what it took."""
 
 import importlib.util
+import os
 
 import torch
 
@@ -29,6 +30,6 @@ def triton_reason(device: torch.device) -> str:
     """Why Triton kernels cannot run on this device; empty when they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type != "cuda":
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels need a CUDA device, not {device.type}"
     return ""

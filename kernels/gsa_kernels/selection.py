@@ -15,6 +15,7 @@ restricted to keys s <= t of t's own document. Blocks are aligned: block j is ke
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,68 +238,33 @@ class Selection:
         return mask
 
     def to_layout(self, block: int) -> Tensor:
-        """[B, H, T/block, S/block] bool: blocks of `block` x `block` with at least one pair.
+        """[B, H, rows, columns] bool: cells of `block` x `block` with at least one attended pair.
 
-        The coarse layout that block-sparse backends take (xformers). Costs (T/block)(S/block).
+        What block-sparse backends take (xformers). Row 0 begins at the multiple of `block` at or
+        before the first query. Costs (T / block)(S / block). Raises ValueError where key blocks or
+        query tiles straddle the cells.
         """
-        if block % self.spec.key_block or (
-            block % self.spec.query_tile and self.spec.query_tile % block
-        ):
-            raise ValueError(
-                f"a layout of {block} x {block} blocks does not line up with key blocks of "
-                f"{self.spec.key_block} and query tiles of {self.spec.query_tile}"
-            )
-        ratio = block // self.spec.key_block
-        r = self.spec.query_tile
-        blocks, valid = self.slots(slice(None))
-        batch, heads, _, _ = blocks.shape
-        columns = -(-self.n_keys // block)
-        rows = -(-(self.q_start + self.n_queries) // block) - self.q_start // block
-        out = torch.zeros(batch, heads, rows, columns + 1, device=blocks.device)
-        column = (blocks // ratio).masked_fill(~valid, columns)
-        for row in range(rows):
-            low = max(self.q_start, (self.q_start // block + row) * block)
-            high = min(self.q_start + self.n_queries, (self.q_start // block + row + 1) * block)
-            tiles = slice(low // r - self.q_start // r, (high - 1) // r - self.q_start // r + 1)
-            out[:, :, row].scatter_(-1, column[:, :, tiles].flatten(2), 1.0)
-        causal = torch.arange(columns, device=blocks.device)
-        row_block = self.q_start // block + torch.arange(rows, device=blocks.device)
-        return out[..., :-1].bool() & (causal <= row_block[:, None])
+        from .selection_views import layout
 
-    def to_block_mask(self, block: int = 128):  # type: ignore[no-untyped-def]
-        """A FlexAttention BlockMask of `block` x `block` blocks with the row-exact rule inside.
+        return layout(self, block)
 
-        Needs q_start = 0. The inner rule tests membership in the tile's list, so the mask is
-        exact at every granularity that lines up with `block`.
+    def to_block_mask(self, block: int = 128, heads: int | None = None) -> Any:
+        """A FlexAttention BlockMask with cells of `block` x `block`, exact pair by pair.
+
+        heads: query heads, needed where there is one choice per key-value head. The rule inside
+        the cells reads (T / R)(S / C) bits: ValueError for C = R = 1, where those are T x S.
         """
-        from torch.nn.attention.flex_attention import BlockMask
+        from .selection_views import block_mask
 
-        if self.q_start:
-            raise ValueError("a FlexAttention mask is built for whole sequences (q_start = 0)")
-        layout = self.to_layout(block)
-        counts = layout.sum(-1).to(torch.int32)
-        order = layout.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-        c, r = self.spec.key_block, self.spec.query_tile
-        blocks, valid = self.slots(slice(None))
-        batch, heads, tiles, _ = blocks.shape
-        member = torch.zeros(
-            batch, heads, tiles, self.layout.n_blocks + 1, dtype=torch.bool, device=blocks.device
-        )
-        member.scatter_(-1, blocks.masked_fill(~valid, self.layout.n_blocks), True)
-        docs = self.doc_start_BS
+        return block_mask(self, block, heads)
 
-        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            head = h * 0 if heads == 1 else h
-            ok = member[b, head, q // r, k // c] & (k <= q)
-            return ok if docs is None else ok & (k >= docs[b, q])
-
-        return BlockMask.from_kv_blocks(
-            counts,
-            order,
-            BLOCK_SIZE=block,
-            mask_mod=allowed,
-            seq_lengths=(self.n_queries, self.n_keys),
-        )
+    def rows(self, low: int, high: int) -> "Selection":
+        """The same choice for queries low .. high-1 of this call alone, keys up to the last."""
+        r, start, end = self.spec.query_tile, self.q_start + low, self.q_start + high
+        first = self.q_start // r
+        tiles = slice(start // r - first, (end - 1) // r + 1 - first)
+        blocks = self.blocks_BHQN[:, :, tiles]
+        return Selection(self.spec, blocks, high - low, end, start, self.doc_start_BS)
 
     def tail(self) -> "Selection | None":
         """The unfinished last tile, which decoding must go on with; None if it is complete."""

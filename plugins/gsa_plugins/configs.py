@@ -6,7 +6,21 @@ from dataclasses import dataclass
 @dataclass
 class DenseAttentionConfig:
     name: str = "dense"
-    backend: str = "auto"  # SDPA backend: auto, flash, efficient, cudnn or math
+    backend: str = "auto"  # auto, cudnn, flash, efficient, math (holds T x S) or fa3
+
+
+@dataclass
+class SlidingWindowConfig:
+    name: str = "sliding_window"
+    window: int = 4096  # most recent keys a query attends, itself included
+    sinks: int = 0  # first keys of the document, always attended
+    impl: str = "auto"  # auto, chunked (PyTorch SDPA) or flash (CUDA, half precision, no sinks)
+
+
+@dataclass
+class XformersConfig:
+    name: str = "xformers"
+    window: int = 0  # most recent keys a query attends, itself included; 0 = every causal key
 
 
 @dataclass
@@ -17,6 +31,26 @@ class GsaAttentionConfig:
     query_tile: int = 0  # R, queries sharing a choice; 0 = the mode's default (tile 64, else 1)
     selection_heads: str = "shared"  # shared: one choice for all heads; kv: one per key-value head
     impl: str = "auto"  # auto, eager, reference or triton; auto says what it chose
+
+
+@dataclass
+class FlexConfig:
+    name: str = "flex"
+    mode: str = "tile"  # block: key blocks per query; tile: shared by a tile of queries
+    key_block: int = 0  # C, keys chosen together; 0 = 64
+    query_tile: int = 0  # R, queries sharing a choice; 0 = the mode's default (tile 64, block 1)
+    selection_heads: str = "shared"  # shared: one choice for all heads; kv: one per key-value head
+    block: int = 128  # side of the cells that are computed or skipped: 64 (tuned at first use) up
+    impl: str = "auto"  # auto, compiled, or eager (plain PyTorch, T x S in cost; for CPUs)
+
+
+@dataclass
+class XformersSparseConfig:
+    name: str = "xformers_sparse"
+    mode: str = "tile"
+    key_block: int = 0  # C, 16, 32, 64 or 128; 0 = 64
+    query_tile: int = 0  # R, 16, 32 or 64; 0 = 64
+    selection_heads: str = "shared"  # shared: one choice for all heads; kv: one per key-value head
 
 
 @dataclass

@@ -6,6 +6,7 @@ from gsa_platform import Capabilities, Component, Trial, hookimpl
 from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
+from .attention import checks
 
 GSA_PLUGIN_API = (1, 0)
 
@@ -15,19 +16,72 @@ def gsa_register_attention() -> list[Component]:
     return [
         Component(
             "dense",
-            "gsa_plugins.dense:DenseAttention",
+            "gsa_plugins.attention.dense:DenseAttention",
             c.DenseAttentionConfig,
-            "Causal softmax attention over every key (PyTorch SDPA)",
+            "Causal softmax attention over every key (PyTorch SDPA, or FlashAttention-3)",
             Capabilities(),
             trial=Trial(dense={}),
         ),
         Component(
+            "sliding_window",
+            "gsa_plugins.attention.sliding_window:SlidingWindowAttention",
+            c.SlidingWindowConfig,
+            "The most recent keys and the first ones (arXiv 2004.05150, 2309.17453)",
+            Capabilities(),
+            trial=Trial(small={"window": 24, "sinks": 4}, dense={"window": 4096}),
+        ),
+        Component(
+            "xformers",
+            "gsa_plugins.attention.xformers_dense:XformersAttention",
+            c.XformersConfig,
+            "Dense or sliding window, xformers memory_efficient_attention (arXiv 2112.05682)",
+            Capabilities(
+                devices=("cuda",),
+                head_dims=tuple(range(8, 257, 8)),
+                deterministic=False,
+                needs=("xformers",),
+                reasons={
+                    "devices": "xformers has CUDA operators of memory_efficient_attention only",
+                    "deterministic": "the flash backward adds in no fixed order",
+                },
+            ),
+            details="gsa_plugins.attention.xformers_ops:status",
+            trial=Trial(small={"window": 24}, dense={"window": 0}),
+        ),
+        Component(
             "gsa",
-            "gsa_plugins.gsa:GatedSparseAttention",
+            "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
-            Capabilities(modes=("token", "block", "tile")),
+            Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
             trial=Trial(reference={"impl": "reference"}),
+        ),
+        Component(
+            "flex",
+            "gsa_plugins.attention.flex:FlexSelectedAttention",
+            c.FlexConfig,
+            "Selected keys through PyTorch FlexAttention (arXiv 2412.05496)",
+            Capabilities(
+                modes=("block", "tile"),
+                reasons={
+                    "modes": "a mask of single keys chosen by single queries is T x S",
+                    "mass": "FlexAttention returns no attention probabilities",
+                    "bias": "its kernel sees key positions, not the slots that carry the bias",
+                },
+            ),
+        ),
+        Component(
+            "xformers_sparse",
+            "gsa_plugins.attention.xformers_sparse:XformersSparseAttention",
+            c.XformersSparseConfig,
+            "Selected keys through xformers BlockSparseTensor, plain PyTorch, for comparison",
+            Capabilities(
+                modes=("tile",),
+                mass=True,
+                bias=True,
+                needs=("xformers",),
+                reasons={"modes": "its square cells must divide C and R, so R is at least 16"},
+            ),
         ),
     ]
 
@@ -104,19 +158,21 @@ def gsa_register_objective() -> list[Component]:
             "gsa_plugins.objective:KlObjective",
             c.KlObjectiveConfig,
             "KL from the head-summed attention to the index distribution (DeepSeek-V3.2)",
+            Capabilities(requires={"mass": "selected"}),
         ),
         Component(
             "bias",
             "gsa_plugins.objective:BiasObjective",
             c.BiasObjectiveConfig,
             "beta * log(score) on the attention logits: the model's own loss trains the indexer",
+            Capabilities(requires={"bias": ""}),
         ),
     ]
 
 
 # Settings with a fixed set of values, by (slot, setting).
 CHOICES = {
-    ("attention", "backend"): ("auto", "flash", "efficient", "cudnn", "math"),
+    ("attention", "backend"): ("auto", "cudnn", "flash", "efficient", "math", "fa3"),
     ("attention", "selection_heads"): ("shared", "kv"),
     ("indexer", "scale"): ("rsqrt", "none"),
     ("indexer", "block_score"): ("mean", "max"),
@@ -137,10 +193,11 @@ def gsa_validate(config: Any) -> None:
                 f"{slot}.{key}={value} is not one of {', '.join(choices)}."
                 f"{suggest(str(value), choices)}"
             )
+    checks.refuse(config)
     attention, indexer, sparsity, objective = (
         config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
     )
-    if attention.name == "gsa" and attention.selection_heads == "kv":
+    if attention.get("selection_heads") == "kv":
         kv_heads = config.model.n_kv_heads
         if _ours("indexer", indexer.name) and indexer.get("heads", kv_heads) % kv_heads:
             raise UserError(

@@ -79,7 +79,7 @@ BAD = [
     (("~train.steps",), "a setting cannot be left out"),
     (("seed=${oops}",), "seed: .*'oops'"),
     # settings that do not go together
-    (("attention=dense", "indexer=gated_lightning"), "attention=dense attends to every key"),
+    (("attention=dense", "indexer=gated_lightning"), "attention=dense takes no selection"),
     (("sparsity.k=64",), r"below what is always attended(.|\n)*sparsity\.k=80"),
     (("model.n_heads=3", "model.n_kv_heads=2"), "does not divide model.n_heads=3"),
     (

@@ -77,7 +77,7 @@ def test_config_is_shown_resolved_and_leaves_no_files(cli, tmp_path):
     assert done.returncode == 0
     assert done.stdout == "# @package sparsity\nname: none\n"
     notes = cli("--cfg", "job", "experiment=smoke", "attention=dense", "-p", "notes").stdout
-    assert "attends to every key" in notes
+    assert "takes no selection" in notes
     assert cli("--info", "searchpath").returncode == 0
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -150,7 +150,7 @@ def jobs(monkeypatch, tmp_path):
 def test_single_run(jobs, capsys):
     assert cli_module.main(["experiment=smoke", "attention=dense", "seed=5"]) == 0
     assert jobs.calls == [(5, None)]
-    assert "attention=dense attends to every key" in capsys.readouterr().out
+    assert "attention=dense takes no selection" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("seed", "code"), [(3, 1), (130, 130), (143, 143)])

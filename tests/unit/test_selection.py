@@ -12,7 +12,10 @@ from kernel_cases import (
     make_documents,
     make_selection,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gsa_kernels import selection_views
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 
 granularities = pytest.mark.parametrize("granularity", GRANULARITIES, ids=granularity_id)
@@ -123,19 +126,117 @@ def test_layout_covers_the_mask_and_nothing_else_is_needed(granularity, block, l
         assert torch.equal(pairs, layout)
 
 
-@pytest.mark.parametrize(("granularity", "block"), [x for x in LINED_UP if x[1] == 16])
+FLEX = [(g, b) for g in GRANULARITIES for b in (16, 32, 64) if b % g[0] == 0 and g != (1, 1)]
+
+
+def mask_of(flex, selection, heads):
+    """What a FlexAttention mask says of each pair: [B, heads, T, S]."""
+    sizes = (2, heads, selection.n_queries, selection.n_keys)
+    b, h, q, k = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
+    return flex.mask_mod(b, h, q, k)
+
+
+def cells(mask, block):
+    """[B, H, rows, columns, block, block] pairs by cell, padded by repeating nothing."""
+    pad = [-n % block for n in mask.shape[-2:]]
+    mask = torch.nn.functional.pad(mask, (0, pad[1], 0, pad[0]))
+    return mask.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).transpose(-3, -2)
+
+
+@pytest.mark.parametrize(("granularity", "block"), FLEX)
+@pytest.mark.parametrize("start", [0, 16, 37, 99])
 @pytest.mark.parametrize("heads", [1, 2], ids=["shared", "kv"])
 @documents
-def test_block_mask_is_the_dense_mask(granularity, block, heads, documents):
+def test_block_mask_is_the_dense_mask(granularity, block, start, heads, documents):
     length = 100
-    selection = make_selection(length, granularity, heads=heads, documents=documents)
+    whole = make_selection(length, granularity, heads=heads, documents=documents, budget=60)
+    selection = whole.rows(start, length)
     mask = selection.to_dense_mask()
+    flex = selection.to_block_mask(block, heads=4)
+    expected = mask.repeat_interleave(4 // heads, 1)
+    assert torch.equal(mask_of(flex, selection, 4), expected)
+    some = cells(mask, block).any(-1).any(-1)
+    assert not (some & ~flex.to_dense().bool()[:, :: 4 // heads]).any()
+
+
+@pytest.mark.parametrize(("granularity", "block"), FLEX)
+@pytest.mark.parametrize("start", [0, 37])
+@documents
+def test_full_cells_are_full_and_found(granularity, block, start, documents):
+    length = 200
+    whole = make_selection(length, granularity, documents=documents, budget=150, window=40)
+    selection = whole.rows(start, length)
     flex = selection.to_block_mask(block)
-    b, h, q, k = torch.meshgrid(
-        *(torch.arange(n) for n in (2, heads, length, length)), indexing="ij"
-    )
-    assert torch.equal(flex.mask_mod(b, h, q, k), mask)
-    assert torch.equal(flex.to_dense().bool(), selection.to_layout(block))
+    mask = selection.to_dense_mask()
+    pad = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[2] % block), value=True)
+    expected = cells(pad, block).all(-1).all(-1)  # no query there: nothing to mask
+    rows, columns = expected.shape[-2:]
+    found = torch.zeros(2, 1, rows, columns + 1, dtype=torch.bool)
+    index = flex.full_kv_indices.long()
+    count = flex.full_kv_num_blocks[..., None]
+    index = index.masked_fill(torch.arange(columns) >= count, columns)
+    found.scatter_(-1, index, True)
+    assert torch.equal(found[..., :-1], expected)
+    if granularity == (16, 16) and block == 16 and not documents:
+        assert expected.any()
+
+
+@pytest.mark.parametrize("granularity", [(16, 16), (4, 16), (1, 1)], ids=granularity_id)
+@pytest.mark.parametrize("low", [0, 5, 16, 40])
+@documents
+def test_rows_of_a_selection(granularity, low, documents):
+    whole = make_selection(100, granularity, documents=documents)
+    part = whole.rows(low, 63)
+    assert (part.q_start, part.n_queries, part.n_keys) == (low, 63 - low, 63)
+    assert torch.equal(part.to_dense_mask(), whole.to_dense_mask()[:, :, low:63, :63])
+    assert torch.equal(part.rows(3, 9).to_dense_mask(), part.to_dense_mask()[:, :, 3:9, : low + 9])
+
+
+@pytest.mark.parametrize("start", [1, 16, 37])
+@pytest.mark.parametrize("block", [16, 32])
+def test_layout_rows_begin_at_a_multiple_of_the_block(start, block):
+    whole = make_selection(100, (16, 16))
+    layout = whole.rows(start, 100).to_layout(block)
+    assert torch.equal(layout[:, :, 1:], whole.to_layout(block)[:, :, start // block + 1 :])
+
+
+def test_layout_of_key_blocks_wider_than_the_cells():
+    selection = make_selection(130, (48, 16), window=20)
+    pairs = cells(selection.to_dense_mask(), 16).any(-1).any(-1)
+    assert torch.equal(selection.to_layout(16), pairs)
+
+
+def test_views_in_small_chunks(monkeypatch):
+    selection = make_selection(130, (4, 16), documents=True)
+    layout, mask = selection.to_layout(16), selection.to_block_mask(16)
+    monkeypatch.setattr(selection_views, "_CHUNK", 1)
+    assert torch.equal(selection.to_layout(16), layout)
+    again = selection.to_block_mask(16)
+    assert torch.equal(mask_of(again, selection, 1), mask_of(mask, selection, 1))
+    assert torch.equal(again.full_kv_num_blocks, mask.full_kv_num_blocks)
+
+
+def test_views_hold_no_tensor_of_pairs():
+    selection = make_selection(2048, (16, 64), budget=300, window=64)
+    with LargestTensor() as seen:
+        selection.to_block_mask(128)
+        selection.to_layout(16)
+    slots = selection.slots(slice(None))[0]
+    assert seen.largest <= max(slots.numel(), 2 * (2048 // 16) ** 2 + 2) < 2048 * 2048 // 8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                held = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize)
+                self.largest = max(self.largest, held)
+        return out
 
 
 def test_layout_of_a_continued_sequence():
@@ -208,5 +309,7 @@ def test_errors():
     for block in (6, 24):
         with pytest.raises(ValueError, match="does not line up"):
             selection.to_layout(block)
-    with pytest.raises(ValueError, match="q_start = 0"):
-        selection.tail().to_block_mask(16)
+    with pytest.raises(ValueError, match="key blocks of 4 do not line up with cells of 6"):
+        selection.to_block_mask(6)
+    with pytest.raises(ValueError, match="single queries is T x S"):
+        make_selection(63, (1, 1)).to_block_mask()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.dispatch import resolve, triton_reason
-from gsa_kernels.selection import Selection
+from gsa_kernels.selection import Selection, SelectionSpec
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,47 @@ class AttentionResult:
     mass_BHQN: Tensor | None = None
 
 
-def implementations(device: torch.device) -> dict[str, str]:
-    """Each implementation with "" if it runs on this device, else the reason why not."""
+def implementations(
+    device: torch.device, spec: SelectionSpec | None = None, width: int = 0
+) -> dict[str, str]:
+    """Each implementation with "" if it runs here (for this granularity and head width E, where
+    they are given), else the reason why not."""
     return {
-        "triton": triton_reason(device) or "this version has no Triton kernel for it yet",
+        "triton": triton_reason(device) or _no_kernel(spec, width),
         "eager": "",
         "reference": "",
     }
 
 
-def choose(impl: str, device: torch.device) -> tuple[str, str]:
+def _no_kernel(spec: SelectionSpec | None, width: int) -> str:
+    if width > 256:
+        return f"the kernels take heads of up to 256 channels, not {width}"
+    if spec is None:
+        return ""
+    if spec.key_block & (spec.key_block - 1) or spec.key_block > 128:
+        return f"the kernels take key blocks of 1, 2, 4 .. 128 keys, not {spec.key_block}"
+    if spec.query_tile == 1 and spec.key_block < 16:
+        return f"there is no kernel for lists of {spec.key_block} keys per query yet (16 and more)"
+    if spec.query_tile == 1 and spec.window < 16:
+        # United queries share the sinks of the first: a document that starts among them must
+        # have its own sinks inside the window.
+        return f"the kernels need a window of 16 keys or more, not {spec.window}"
+    if spec.query_tile > 1 and spec.query_tile % 16:
+        return f"the kernels take query tiles of 1, 16, 32, 48 .., not {spec.query_tile}"
+    return ""
+
+
+def choose(
+    impl: str, device: torch.device, spec: SelectionSpec | None = None, width: int = 0
+) -> tuple[str, str]:
     """(implementation, reason) for a request; ValueError if the one named cannot run."""
-    available = implementations(device)
+    available = implementations(device, spec, width)
     name = resolve("sparse attention", impl, device, available)
     if impl != "auto":
         return name, "asked for"
-    return name, f"chunked PyTorch, because {available['triton']}" if name == "eager" else ""
+    if name == "eager":
+        return name, f"chunked PyTorch, because {available['triton']}"
+    return name, "the fastest here"
 
 
 def sparse_attention(
@@ -54,12 +79,15 @@ def sparse_attention(
     scale: float | None = None,
     need_lse: bool = False,
     need_mass: bool = False,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> AttentionResult:
     """Attend the selected keys. Gradients reach q, k, v and bias_BHQN.
 
     bias_BHQN (natural-log units, [B, Hs, Q, N]) is added to the logits of the selected blocks,
     the same for the C keys of a block and the R queries of a tile. scale defaults to 1/sqrt(E).
+    deterministic: a backward without atomic additions, whatever they cost; by default what
+    torch.use_deterministic_algorithms says.
     Raises ValueError on shapes that do not fit the selection.
     """
     from . import eager, reference
@@ -82,6 +110,44 @@ def sparse_attention(
     if bias_BHQN is not None and bias_BHQN.shape != selection.blocks_BHQN.shape:
         raise ValueError("the bias must have one entry for each slot of the selection")
     scale = width**-0.5 if scale is None else scale
-    name, _ = choose(impl, q_BTHE.device)
+    name, _ = choose(impl, q_BTHE.device, selection.spec, width)
+    if name == "triton" and q_BTHE.dtype != torch.float64:
+        return _triton(
+            q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass, deterministic
+        )
     run = reference.attend if name == "reference" else eager.attend
     return run(q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    bias: Tensor | None,
+    scale: float,
+    need_lse: bool,
+    need_mass: bool,
+    deterministic: bool | None,
+) -> AttentionResult:
+    from . import ops
+
+    spec, docs = selection.spec, selection.doc_start_BS
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, selection.q_start]
+    out, lse, mass = ops.forward(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        selection.blocks_BHQN.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        None if docs is None else docs.to(torch.int32).contiguous(),
+        sizes,
+        scale,
+        need_mass,
+        deterministic,
+    )
+    return AttentionResult(
+        out, lse.transpose(1, 2) if need_lse else None, mass if need_mass else None
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of the operations: correctness first, then time, memory and ratios in one process."""

@@ -1,0 +1,81 @@
+"""Time and memory of a call on the device at hand, and what that device is."""
+
+import itertools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> float:
+    """Median over at least 3 calls after a warm-up, about `budget_s` seconds of them.
+
+    On a GPU the calls are queued without waiting in between, as the layers of a model are.
+    """
+    call()
+    if device.type != "cuda":
+        times = [_seconds(call)]
+        while len(times) < 3 or (sum(times) < budget_s and len(times) < 50):
+            times.append(_seconds(call))
+        return statistics.median(times) * 1e3
+    once = _queued(call, 1)[0]
+    return statistics.median(_queued(call, int(min(50, max(3, budget_s * 1e3 / max(once, 1e-3))))))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _queued(call: Callable[[], Any], repeats: int) -> list[float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Device memory a call allocates at its peak, above what is held before it; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, driver, versions and commit, as every result file states them."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        import triton
+
+        found["device"] = torch.cuda.get_device_name(device)
+        found["triton"] = triton.__version__
+        found["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    else:
+        found["device"] = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    return found
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0]

@@ -1,0 +1,409 @@
+"""Backward of sparse attention: one kernel for dq (and the bias), one for dk and dv.
+
+The first walks the keys of a query tile as the forward does. The second is owned by a key block:
+it walks the queries that attend it, those of nearby tiles through their window and the others
+through an inverted list, so that nothing is atomic unless a long list is split over programs. Key
+blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel.
+
+Legend: see triton_forward.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_forward import first_local, load_range, logits_of, tile_rows
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, T, H, HAS_DLSE: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP."""
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, BE)
+    ok = (t < T)[:, None] & (e < E)
+    at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * E + e
+    out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    line = (b.to(tl.int64) * H + h) * T + t
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + line, mask=t < T, other=0.0)
+    tl.store(delta_ptr + line, delta, mask=t < T)
+
+
+@triton.jit
+def softmax_backward(q, k, v, do, lse, delta, s_extra, keep, scale_log2, MASKED: tl.constexpr):
+    """(p, ds) of one step, ds without the factor `scale`."""
+    s = logits_of(q, k, scale_log2) + s_extra
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(keep, p, 0.0)
+    dp = tl.dot(do, v, input_precision="ieee")
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_desc,
+    v_desc,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    dk_ptr,  # float32 [B, S, K, E], only where ATOMIC
+    dv_ptr,
+    list_ptr,
+    bits_ptr,
+    count_ptr,
+    bias_ptr,
+    dbias_ptr,  # [B, K, Q, PARTS, N] float32; UNION: [B, H, T, OWN]
+    docs_ptr,
+    sink_ptr,
+    T,
+    S,
+    q_start,
+    first_tile,
+    n_tiles,
+    N,
+    OWN,
+    sink_stride,
+    scale,
+    scale_log2,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    HS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNION: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (R * G + BM - 1) // BM
+    pid = tl.program_id(0)
+    i, part = pid // PARTS, pid % PARTS
+    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    e = tl.arange(0, BE)
+    e_ok = e < E
+    row_offset = (b.to(tl.int64) * T + t) * H + head
+    q_ok = row_ok[:, None] & e_ok
+    q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=q_ok, other=0.0)
+    do = tl.load(do_ptr + row_offset[:, None] * E + e, mask=q_ok, other=0.0)
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+    start = position * 0
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
+    A: tl.constexpr = 1 if UNION else R
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    base = (b.to(tl.int64) * S * K + kv_head) * E
+    k_base, v_base = k_ptr + base, v_ptr + base
+    offs_n = tl.arange(0, BN)
+    dq = tl.zeros([BM, BE], tl.float32)
+
+    hs = kv_head if HS > 1 else 0
+    entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
+    list_base = list_ptr + entry * N
+    n_keys = tl.load(count_ptr + entry) * C
+    own = tl.zeros([BM], tl.int32)
+    own_line = (b.to(tl.int64) * HS + hs) * T + t
+    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
+        n = low + offs_n
+        n_ok = n < n_keys
+        if C % BN == 0:
+            block = tl.load(list_base + low // C)
+            key = block * C + low % C + offs_n
+        else:
+            block = tl.load(list_base + n // C, mask=n_ok, other=0)
+            key = block * C + n % C
+        offset = key.to(tl.int64) * (K * E)
+        if TMA:
+            box = [b, block * C + low % C, kv_head * E]
+            k = k_desc.load(box).reshape([BN, BE]).T
+            v = v_desc.load(box).reshape([BN, BE]).T
+        elif BE == E:
+            k = tl.load(k_base + offset[None, :] + e[:, None])
+            v = tl.load(v_base + offset[None, :] + e[:, None])
+        else:
+            k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
+            v = tl.load(v_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
+        keep = n_ok[None, :]
+        if HAS_DOCS:
+            keep = keep & (key[None, :] >= start[:, None])
+        if UNION:
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
+            keep = keep & (bit == 1)[:, None]
+        extra = 0.0
+        if HAS_BIAS:
+            if UNION:
+                chose = row_ok & (bit == 1)
+                extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
+                extra = extra[:, None] * 1.4426950408889634
+            elif C % BN == 0:
+                extra = tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+            else:
+                at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
+                extra = at[None, :] * 1.4426950408889634
+        p, ds = softmax_backward(
+            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
+        )
+        if UNION:
+            if HAS_BIAS:
+                at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
+                tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bit == 1))
+            own += bit
+        elif HAS_BIAS:
+            into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
+            if C >= BN:
+                into += low // C
+                total = tl.sum(ds)
+                if C > BN:  # the same thread adds up the parts of a block
+                    if low % C != 0:
+                        total += tl.load(into)
+                tl.store(into, total)
+            else:
+                slots: tl.constexpr = BN // C
+                per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
+                slot = low // C + tl.arange(0, slots)
+                tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
+        ds16 = ds.to(k.dtype)
+        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        if ATOMIC:
+            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
+            ok = n_ok[:, None] & e_ok[None, :]
+            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sink_high = tl.minimum(tl.load(sink + 1), reach)
+        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
+            key = low + offs_n
+            key_ok = key < sink_high
+            column = kv_head * E
+            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+            keep = key_ok[None, :] & (key[None, :] >= start[:, None])
+            if UNION:
+                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
+            p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
+            ds16 = ds.to(k.dtype)
+            dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+            if ATOMIC:
+                dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+                into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
+                ok = key_ok[:, None] & e_ok[None, :]
+                tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+                tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    for low in tl.range(local, stop, BN, num_stages=1):
+        key = low + offs_n
+        key_ok = key < stop
+        column = kv_head * E
+        k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+        v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+        if UNION:
+            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
+        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
+        ds16 = ds.to(k.dtype)
+        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        if ATOMIC:
+            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
+            ok = key_ok[:, None] & e_ok[None, :]
+            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+
+    tl.store(
+        dq_ptr + row_offset[:, None] * E + e, (dq * scale).to(dq_ptr.dtype.element_ty), mask=q_ok
+    )
+
+
+@triton.jit
+def dkv_rows(
+    dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
+    kv_head, tile, step, q_start, T, S, scale_log2, H: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Add to dk, dv [C, BE] what BM query rows of a tile give, the step-th of its R G / BM parts.
+
+    A part is BM queries of one head where BM divides R, which is one box; else rows mix heads.
+    LOCAL: the queries attend the block through their window, up to the diagonal.
+    """
+    m = tl.arange(0, BM)
+    if R == 1:  # tile: BM numbers; a row that is nobody's has a negative one
+        head = kv_head * G + m % G
+        at_row = tile
+    elif R % BM == 0:
+        position = tile * R + step // G * BM
+        head = kv_head * G + step % G
+        at_row = position + m
+    else:
+        head = kv_head * G + (step * BM + m) % G
+        at_row = tile * R + (step * BM + m) // G
+    t = at_row - q_start
+    row_ok = (t >= 0) & (t < T)
+    if TMA:
+        q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+        do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+    else:
+        e = tl.arange(0, BE)
+        q_ok = row_ok[:, None] & (e < E)
+        at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+        q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
+        do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
+    p = tl.exp2(s - lse[None, :])
+    if LOCAL:
+        reach = first_local(at_row, C, R, WINDOW)
+        p = tl.where((key[:, None] <= at_row[None, :]) & (key[:, None] >= reach[None, :]), p, 0.0)
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
+        p = tl.where(key[:, None] >= start[None, :], p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    q_desc,  # Q and dO as [B, T, H E] in boxes of 1 x BM x E; used where TMA
+    do_desc,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,  # float32 [B, S, K, E], zero where MANY
+    dv_ptr,
+    segment_ptr,  # [B, HS, segments, 4] int32: key block, places [first, last) of the list, number
+    tile_ptr,  # [B, HS, entries] int32: tiles (numbered from 0) that chose the block, in order
+    slot_ptr,  # [B, HS, entries] int32: place in the bias, for each of them; -1 for a sink
+    bias_ptr,
+    docs_ptr,
+    T,
+    S,
+    q_start,
+    first_tile,
+    n_tiles,
+    n_entries,
+    n_bias,
+    scale,
+    scale_log2,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    HS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MANY: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    # Steps of a tile, or (R = 1) queries of a step.
+    STEPS: tl.constexpr = R * G // BM if R > 1 else 1
+    EACH: tl.constexpr = 1 if R > 1 else BM // G
+    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    hs = kv_head if HS > 1 else 0
+    group = b * HS + hs
+    segment = segment_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 4
+    block = tl.load(segment)
+    if block >= 0:
+        first, last = tl.load(segment + 1), tl.load(segment + 2)
+        key = block * C + tl.arange(0, C)
+        e = tl.arange(0, BE)
+        ok = (key < S)[:, None] & (e < E)
+        base = (b.to(tl.int64) * S * K + kv_head) * E
+        at = base + key.to(tl.int64)[:, None] * (K * E) + e
+        k = tl.load(k_ptr + at, mask=ok, other=0.0)
+        v = tl.load(v_ptr + at, mask=ok, other=0.0)
+        dk = tl.zeros([C, BE], tl.float32)
+        dv = tl.zeros([C, BE], tl.float32)
+        list_base = group.to(tl.int64) * n_entries
+        m = tl.arange(0, BM)
+        for step in tl.range(0, tl.cdiv(last - first, EACH) * STEPS, num_stages=STAGES):
+            if R == 1:
+                place = first + step * EACH + m // G
+                there = (place < last) & (m < EACH * G)
+                place += list_base
+                tile = tl.load(tile_ptr + place, mask=there, other=0)
+                tile = tl.where(there, first_tile + tile, -1)
+            else:
+                place = list_base + first + step // STEPS
+                there = place >= 0
+                tile = first_tile + tl.load(tile_ptr + place)
+            extra = 0.0
+            if HAS_BIAS:
+                slot = tl.load(slot_ptr + place, mask=there, other=-1)
+                extra = tl.load(
+                    bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
+                )
+                extra = extra * 1.4426950408889634
+                if R == 1:
+                    extra = extra[None, :]
+            dk, dv = dkv_rows(
+                dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
+                extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
+                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
+            )  # fmt: skip
+        if tl.load(segment + 3) == 0:
+            # The block's first segment also takes the tiles whose local window reaches it.
+            low = tl.maximum(block * C // R, first_tile)
+            high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
+            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=1):
+                if R == 1:
+                    tile = low + step * EACH + m // G
+                    tile = tl.where((tile < high) & (m < EACH * G), tile, -1)
+                else:
+                    tile = low + step // STEPS
+                dk, dv = dkv_rows(
+                    dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
+                    docs_ptr, 0.0, b, kv_head, tile, step % STEPS, q_start, T, S,
+                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
+                )  # fmt: skip
+        dk *= scale
+        if MANY:
+            tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")
+        else:
+            tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=ok)
+            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=ok)

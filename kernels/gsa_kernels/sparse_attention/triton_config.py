@@ -1,0 +1,89 @@
+"""Tile sizes of the Triton kernels, by architecture and shape. Measured, see the notebook."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """rows and keys per step (BM, BN), warps per program, pipeline stages of the main loop, and
+    whether keys are fetched by the tensor memory accelerator (sm_90 and newer)."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device has a tensor memory accelerator; the interpreter behaves as if."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _rows(wanted: int, available: int) -> int:
+    """Largest power of two up to `wanted` that is no larger than needed for `available` rows."""
+    rows = 16
+    while rows < wanted and rows < available:
+        rows *= 2
+    return rows
+
+
+def _keys(wanted: int, block: int) -> int:
+    """Keys per step: whole blocks, or an even part of one."""
+    return max(16, min(wanted, block) if block >= wanted else wanted)
+
+
+def forward(
+    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
+) -> Launch:
+    """rows: R G of a tile; block: C; width: E. A united list is walked block by block."""
+    if united:
+        big = itemsize > 2 or width > 128
+        bm = _rows(32 if big else 64, rows)
+        return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
+    if itemsize > 2 or width > 128:
+        return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
+    if not has_tma(device):
+        bm = _rows(128, rows)
+        return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
+    bm = _rows(256, rows)
+    return Launch(bm, _keys(64, block), 8 if bm > 128 else 4, 5, tma=True)
+
+
+def query_gradient(
+    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
+) -> Launch:
+    if united:
+        big = itemsize > 2 or width > 128
+        bm = _rows(32 if big else 64, rows)
+        return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
+    if itemsize > 2 or width > 128:
+        return Launch(_rows(32, rows), _keys(32, block), 8, 1)
+    if not has_tma(device):
+        return Launch(_rows(64, rows), _keys(64, block), 4, 2)
+    return Launch(_rows(64, rows), _keys(64, block), 4, 4, tma=True)
+
+
+def key_gradient(
+    tile: int, group: int, block: int, width: int, itemsize: int, device: torch.device
+) -> Launch:
+    """rows: a divisor of R G, and of R where a step is one box; any where R is 1. keys: C, which
+    a program owns."""
+    wanted = 64
+    if itemsize > 2 or width > 128:
+        wanted = 16 if itemsize > 2 else 32
+    elif not has_tma(device):
+        wanted = 32
+    rows = wanted
+    while tile > 1 and tile * group % rows:
+        rows //= 2
+    assert rows >= 16, "query tiles are multiples of 16"
+    if itemsize > 2 or width > 128:
+        return Launch(rows, block, 8, 1)
+    tma = has_tma(device) and tile % rows == 0
+    return Launch(rows, block, 4 if block <= 64 else 8, 3 if has_tma(device) else 2, tma)
+
+
+ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk

@@ -1,0 +1,327 @@
+"""Forward of sparse attention: one program per query tile (or part of it) and key-value head.
+
+A program holds BM rows, row = (query of the tile, head of the group), and walks three runs of keys
+with an online softmax: the sinks (a range), the selected blocks (a list) and the local window (a
+range that ends at the diagonal). Only ranges need masks, so the loop over the list has none. All
+tiles of one key-value head run before those of the next: its keys and values then stay in the L2.
+
+Where each query chooses alone (UNION; R = 1) a program takes R neighbouring queries, the list is
+the union of their choices, and a bit per query says who chose what. A query's list is ascending
+as the union is, so counting its bits gives its place there.
+
+Legend: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, E head width,
+Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys per step.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_rows(
+    pid, kv_head, tile, q_start, T, H, G: tl.constexpr, R: tl.constexpr, BM: tl.constexpr
+):
+    """Absolute position, index into T, query head and validity of a program's BM rows."""
+    row = pid * BM + tl.arange(0, BM)
+    position = tile * R + row // G
+    t = position - q_start
+    head = kv_head * G + row % G
+    return position, t, head, (row < R * G) & (t >= 0) & (t < T)
+
+
+@triton.jit
+def first_local(position, C: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr):
+    """First key of a query's local window: C-aligned, counted from its tile's anchor."""
+    anchor = position // R * R
+    return tl.maximum(anchor - WINDOW + 1, 0) // C * C
+
+
+@triton.jit
+def logits_of(q, k, scale_log2):
+    """q [BM, E] . k [E, BN] in float32, in units of log2."""
+    return tl.dot(q, k, input_precision="ieee") * scale_log2
+
+
+@triton.jit
+def load_range(
+    x_base, desc, b, row, column, key, key_ok, K: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[BN, BE] consecutive rows of keys or values: one box, or pointers where key_ok."""
+    if TMA:
+        return desc.load([b, row, column]).reshape([BN, BE])
+    e = tl.arange(0, BE)
+    offset = key.to(tl.int64)[:, None] * (K * E) + e
+    return tl.load(x_base + offset, mask=key_ok[:, None] & (e < E), other=0.0)
+
+
+@triton.jit
+def accumulate(acc, m, norm, s, v):
+    """One step of the online softmax; a row whose keys are all masked so far keeps m = -inf."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - safe)
+    p = tl.exp2(s - safe[:, None])
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, m_new, norm, p, safe
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_desc,  # K and V as [B, S, K E] in boxes of 1 x BN x E; used where TMA
+    v_desc,
+    out_ptr,
+    lse_ptr,  # [B, H, T] float32, natural log
+    list_ptr,  # [B, HS, Q, N] int32
+    bits_ptr,  # [B, HS, Q, N] int32, only where UNION
+    count_ptr,  # [B, HS, Q] int32
+    bias_ptr,  # [B, HS, Q, N] float32, natural log; UNION: [B, HS, T, OWN]
+    slot_lse_ptr,  # [B, K, Q, PARTS, N SUB, BM] float32: log2 of a block's sum of exponentials;
+    # UNION: [B, H, T, OWN]
+    docs_ptr,  # [B, S] int32: first position of each position's document
+    sink_ptr,  # [B or 1, Q, 2] int32: sink range of each tile
+    T,
+    S,
+    q_start,
+    first_tile,
+    n_tiles,
+    N,
+    OWN,
+    sink_stride,
+    scale_log2,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    HS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNION: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (R * G + BM - 1) // BM
+    SUB: tl.constexpr = C // BN if C > BN else 1
+    pid = tl.program_id(0)
+    i, part = pid // PARTS, pid % PARTS
+    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    e = tl.arange(0, BE)
+    e_ok = e < E
+    row_offset = (b.to(tl.int64) * T + t) * H + head
+    if BE == E:
+        q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None], other=0.0)
+    else:
+        q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None] & e_ok, other=0.0)
+    start = position * 0
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
+    # R queries per program; A of them share a choice and so an anchor.
+    A: tl.constexpr = 1 if UNION else R
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    base = (b.to(tl.int64) * S * K + kv_head) * E
+    k_base, v_base = k_ptr + base, v_ptr + base
+    offs_n = tl.arange(0, BN)
+
+    acc = tl.zeros([BM, BE], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+
+    # The selected blocks: whole, and before the window of every row.
+    hs = kv_head if HS > 1 else 0
+    entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
+    list_base = list_ptr + entry * N
+    n_keys = tl.load(count_ptr + entry) * C
+    own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
+    own_line = (b.to(tl.int64) * HS + hs) * T + t
+    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
+        n = low + offs_n
+        n_ok = n < n_keys
+        if C % BN == 0:
+            block = tl.load(list_base + low // C)
+            key = block * C + low % C + offs_n
+        else:
+            block = tl.load(list_base + n // C, mask=n_ok, other=0)
+            key = block * C + n % C
+        offset = key.to(tl.int64) * (K * E)
+        if TMA:
+            row = block * C + low % C
+            k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
+            v = v_desc.load([b, row, kv_head * E]).reshape([BN, BE])
+        elif BE == E and C % BN == 0:
+            k = tl.load(k_base + offset[None, :] + e[:, None])
+            v = tl.load(v_base + offset[:, None] + e[None, :])
+        else:
+            k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
+            v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
+        s = logits_of(q, k, scale_log2)
+        if UNION:
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
+        if HAS_BIAS:
+            if UNION:
+                chose = row_ok & (bit == 1)
+                bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
+                s += bias[:, None] * 1.4426950408889634
+            elif C % BN == 0:
+                s += tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+            else:
+                bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
+                s += bias[None, :] * 1.4426950408889634
+        if HAS_DOCS:
+            s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
+        if UNION:
+            s = tl.where((bit == 1)[:, None], s, float("-inf"))
+        elif C % BN != 0:
+            s = tl.where(n_ok[None, :], s, float("-inf"))
+        acc, m, norm, p, top = accumulate(acc, m, norm, s, v)
+        if UNION:
+            if HAS_MASS:
+                at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
+                tl.store(at, tl.log2(tl.sum(p, 1)) + top, mask=row_ok & (bit == 1))
+            own += bit
+        elif HAS_MASS:
+            # A step covers several blocks, or one of SUB parts of a block.
+            slots: tl.constexpr = BN // C if C < BN else 1
+            if slots == 1:
+                total = tl.sum(p, 1)[:, None]
+            else:
+                total = tl.sum(tl.reshape(p, [BM, slots, BN // slots]), 2)
+            slot = (low // BN) * slots + tl.arange(0, slots)
+            line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
+            at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
+            tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
+
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        # A later row of a union may have a sink before its window that the first has inside.
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sink_high = tl.minimum(tl.load(sink + 1), reach)
+        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
+            key = low + offs_n
+            key_ok = key < sink_high
+            column = kv_head * E
+            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA)
+            s = logits_of(q, k, scale_log2)
+            keep = key_ok[None, :]
+            if HAS_DOCS:
+                keep = keep & (key[None, :] >= start[:, None])
+            if UNION:
+                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
+            s = tl.where(keep, s, float("-inf"))
+            acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
+
+    for low in tl.range(local, stop, BN, num_stages=1):
+        key = low + offs_n
+        key_ok = key < stop
+        k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
+        v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
+        s = logits_of(q, k, scale_log2)
+        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+        if UNION:
+            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
+        s = tl.where(keep, s, float("-inf"))
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
+
+    safe = tl.where(norm > 0, norm, 1.0)
+    out = acc / safe[:, None]
+    tl.store(
+        out_ptr + row_offset[:, None] * E + e,
+        out.to(out_ptr.dtype.element_ty),
+        mask=row_ok[:, None] & e_ok,
+    )
+    lse = (m + tl.log2(safe)) * 0.6931471805599453
+    tl.store(lse_ptr + (b.to(tl.int64) * H + head) * T + t, lse, mask=row_ok)
+
+
+@triton.jit
+def mass_kernel(
+    slot_lse_ptr,  # as the forward left it
+    lse_ptr,  # [B, H, T]
+    mass_ptr,  # [B, HS, Q, N]
+    count_ptr,
+    T,
+    q_start,
+    first_tile,
+    n_tiles,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HS: tl.constexpr,
+    R: tl.constexpr,
+    SUB: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Attention probability of each selected block, mean over the tile's queries and heads."""
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (R * G + BM - 1) // BM
+    i, bh = tl.program_id(0), tl.program_id(1)
+    b, hs = bh // HS, bh % HS
+    entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
+    count = tl.load(count_ptr + entry)
+    slot = tl.program_id(2) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN], tl.float32)
+    for step in range(0, K // HS * PARTS):
+        kv_head, part = hs * (K // HS) + step // PARTS, step % PARTS
+        _, t, head, ok = tile_rows(part, kv_head, first_tile + i, q_start, T, H, G, R, BM)
+        lse = tl.load(lse_ptr + (b.to(tl.int64) * H + head) * T + t, mask=ok, other=float("inf"))
+        lse *= 1.4426950408889634
+        line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
+        for sub in tl.static_range(SUB):
+            at = (line + slot * SUB + sub)[:, None] * BM + tl.arange(0, BM)
+            s = tl.load(slot_lse_ptr + at, mask=(slot < count)[:, None], other=float("-inf"))
+            total += tl.sum(tl.exp2(s - lse), 1)
+    low = tl.maximum((first_tile + i) * R, q_start)
+    high = tl.minimum((first_tile + i) * R + R, q_start + T)
+    mean = total / ((high - low) * (H // HS))
+    tl.store(mass_ptr + entry * N + slot, tl.where(slot < count, mean, 0.0), mask=slot < N)
+
+
+@triton.jit
+def own_mass_kernel(
+    slot_lse_ptr,  # [B, H, T, OWN]
+    lse_ptr,  # [B, H, T]
+    mass_ptr,  # [B, HS, T, OWN]
+    count_ptr,  # [B, HS, T]
+    T,
+    OWN,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The same where each query has its own list."""
+    heads: tl.constexpr = H // HS
+    b, hs = tl.program_id(1) // HS, tl.program_id(1) % HS
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    slot = tl.program_id(2) * BN + tl.arange(0, BN)
+    line = (b.to(tl.int64) * HS + hs) * T + t
+    count = tl.load(count_ptr + line, mask=t < T, other=0)
+    keep = slot[None, :] < count[:, None]
+    total = tl.zeros([BT, BN], tl.float32)
+    for head in range(hs * heads, hs * heads + heads):
+        row = (b.to(tl.int64) * H + head) * T + t
+        lse = tl.load(lse_ptr + row, mask=t < T, other=float("inf")) * 1.4426950408889634
+        s = tl.load(
+            slot_lse_ptr + row[:, None] * OWN + slot[None, :], mask=keep, other=float("-inf")
+        )
+        total += tl.exp2(s - lse[:, None])
+    at = mass_ptr + line[:, None] * OWN + slot[None, :]
+    tl.store(at, tl.where(keep, total / heads, 0.0), mask=(t < T)[:, None] & (slot < OWN)[None, :])

@@ -1,0 +1,1 @@
+"""Attention components, one a file."""

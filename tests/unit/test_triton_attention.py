@@ -1,0 +1,244 @@
+"""The Triton kernels of sparse attention against one softmax over a T x S mask.
+
+On a machine without a GPU they run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import granularity_id, make_selection
+from test_sparse_attention import inputs, run
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (C, R): lists of blocks owned by a program, of single keys, R not a power of two.
+GRANULARITIES = [(16, 16), (32, 48), (64, 64), (4, 16), (1, 32)]
+granularities = pytest.mark.parametrize("granularity", GRANULARITIES, ids=granularity_id)
+# Triton's interpreter multiplies bfloat16 matrices as if they were integers.
+HALF = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+
+
+UNITED = [(16, 1), (32, 1), (64, 1)]  # each query has its own list of blocks
+
+
+def on_device(selection):
+    docs = selection.doc_start_BS
+    return type(selection)(
+        selection.spec,
+        selection.blocks_BHQN.to(DEVICE),
+        selection.n_queries,
+        selection.n_keys,
+        selection.q_start,
+        None if docs is None else docs.to(DEVICE),
+    )
+
+
+def check(selection, tensors, dtype=torch.float32, **kwargs):
+    """Error of the kernel <= 2 x that of the same formula in the same precision (+ rounding)."""
+    selection = on_device(selection)
+    low = [x.to(DEVICE, dtype) for x in tensors]
+    exact = run(selection, [x.double() for x in low], "reference", **kwargs)
+    reference = run(selection, low, "reference", **kwargs)
+    got = run(selection, low, "triton", **kwargs)
+    assert got.keys() == exact.keys()
+    for name, value in exact.items():
+        error = (got[name].double() - value).norm()
+        allowed = (reference[name].double() - value).norm()
+        floor = 4 * torch.finfo(torch.float32).eps * value.norm()
+        assert error <= 2 * allowed + floor + 1e-6, (name, float(error), float(allowed))
+
+
+@granularities
+@pytest.mark.parametrize("length", [1, 63, 150])
+@documents
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "kv"])
+def test_triton_is_the_reference(granularity, length, documents, shared):
+    selection = make_selection(length, granularity, heads=1 if shared else 2, documents=documents)
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("granularity", UNITED, ids=granularity_id)
+@pytest.mark.parametrize("length", [1, 63, 150])
+@documents
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "kv"])
+def test_lists_of_single_queries(granularity, length, documents, shared):
+    budget = 50 if granularity[0] < 64 else 150
+    selection = make_selection(
+        length,
+        granularity,
+        window=17,
+        budget=budget,
+        heads=1 if shared else 2,
+        documents=documents,
+    )
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("start", [5, 37, 99])
+def test_last_single_queries_only(start):
+    whole = make_selection(100, (16, 1), window=17, budget=70, documents=True)
+    blocks = whole.blocks_BHQN[:, :, start:]
+    part = type(whole)(whole.spec, blocks, 100 - start, 100, start, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, start:], k, v, bias[:, :, start:]))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
+def test_single_queries_with_grouped_heads(heads, kv_heads, dtype):
+    selection = make_selection(130, (32, 1), window=17, budget=100)
+    check(selection, inputs(selection, heads, kv_heads, width=32), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("width", [16, 24, 64, 128])
+@pytest.mark.parametrize("granularity", [(16, 16), (64, 64), (2, 32)], ids=granularity_id)
+def test_half_precision(granularity, width, dtype):
+    selection = make_selection(150, granularity, window=9, budget=100)
+    check(selection, inputs(selection, width=width), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (16, 1)])
+def test_grouped_heads(heads, kv_heads, dtype):
+    for choices in {1, kv_heads}:
+        selection = make_selection(100, (16, 32), heads=choices)
+        check(selection, inputs(selection, heads, kv_heads), dtype)
+
+
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "no_lse"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("sinks", [0, 20])
+def test_options(lse, with_bias, sinks):
+    selection = make_selection(100, (16, 16), sinks=sinks, documents=True)
+    check(selection, inputs(selection), lse=lse, with_bias=with_bias, scale=0.7)
+
+
+@pytest.mark.parametrize("granularity", [(16, 16), (4, 32)], ids=granularity_id)
+@pytest.mark.parametrize("start", [5, 37, 99])
+def test_last_queries_only(granularity, start):
+    whole = make_selection(100, granularity, documents=True)
+    first = start // granularity[1]
+    blocks = whole.blocks_BHQN[:, :, first:]
+    part = type(whole)(whole.spec, blocks, 100 - start, 100, start, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, start:], k, v, bias[:, :, first:]))
+
+
+def test_a_deterministic_backward_is_the_same_every_time():
+    selection = on_device(make_selection(400, (16, 16), budget=100))
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run(selection, tensors, "triton")
+        for _ in range(3):
+            again = run(selection, tensors, "triton")
+            assert all(torch.equal(again[n], x) for n, x in first.items())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(selection, tensors)
+
+
+def test_blocks_attended_by_more_tiles_than_a_program_walks(monkeypatch):
+    from gsa_kernels.sparse_attention import triton_config
+
+    monkeypatch.setattr(triton_config, "ROWS_PER_SEGMENT", 64)
+    selection = make_selection(300, (16, 16), budget=150, sinks=20)
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
+    selection = on_device(make_selection(100, (16, 32), documents=documents))
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
+    clean = run(selection, tensors, "triton")
+    made = []
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1].fill_(torch.nan) if made[-1].is_floating_point() else made[-1]
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    dirty = run(selection, tensors, "triton")
+    assert len(made) > 3
+    for name, value in clean.items():
+        torch.testing.assert_close(dirty[name], value, msg=name)
+
+
+def test_operators_are_registered_truthfully():
+    from gsa_kernels.sparse_attention import ops
+
+    selection = on_device(make_selection(40, (16, 16), documents=True))
+    q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
+    docs = selection.doc_start_BS.to(torch.int32)
+    spec = selection.spec
+    sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
+    args = (q, k, v, selection.blocks_BHQN, bias, docs, sizes, 0.25, True, False)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.forward, args, test_utils=checks)
+
+
+def test_refusals():
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    for granularity, word in (
+        ((5, 16), "key blocks"),
+        ((16, 8), "query tiles"),
+        ((1, 1), "per query"),
+    ):
+        selection = on_device(make_selection(40, granularity))
+        q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))
+        with pytest.raises(ValueError, match=word):
+            sparse_attention(q, k, v, selection, impl="triton")
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+def test_one_compiled_graph(documents):
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    selection = on_device(make_selection(63, (16, 16), documents=documents))
+    q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
+
+    def layer(q, k, v, bias):
+        result = sparse_attention(q * 2, k, v, selection, bias_BHQN=bias, impl="triton")
+        return result.out_BTHE.sin().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(q, k, v, bias), (q, k, v, bias))
+    found = torch.autograd.grad(compiled(q, k, v, bias), (q, k, v, bias))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_captured_in_a_cuda_graph():
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    selection = on_device(make_selection(300, (16, 16), budget=150))
+    q, k, v, _ = (x.to(DEVICE, torch.float16).requires_grad_() for x in inputs(selection))
+
+    def step():
+        out = sparse_attention(q, k, v, selection, impl="triton").out_BTHE
+        return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+    graph.replay()
+    for a, b in zip(captured, step()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
