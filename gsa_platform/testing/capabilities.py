@@ -55,7 +55,7 @@ def declared_head_dims_work(case: Case) -> None:
             case.run(case.model(*_width(width)), case.text()), f"with heads of {width}, the output"
         )
     other = next(width for width in range(2, 2 + 2 * len(dims) + 2, 2) if width not in dims)
-    _expect_refusal(case, _width(other), f"heads of {other}, which it does not declare,")
+    expect_refusal(case, _width(other), f"heads of {other}, which it does not declare,")
 
 
 def _width(width: int) -> tuple[str, str]:
@@ -68,14 +68,14 @@ def what_is_not_declared_is_refused(case: Case) -> None:
     a run that needs it: validation must raise a UserError that names the component."""
     for flag, setting in REFUSED.items():
         if not getattr(case.can, flag):
-            _expect_refusal(case, (setting,), f"{flag}=False with {setting}")
+            expect_refusal(case, (setting,), f"{flag}=False with {setting}")
     if "bfloat16" not in case.can.dtypes:
-        _expect_refusal(case, ("trainer.precision=bf16-true",), "a precision it leaves out")
+        expect_refusal(case, ("trainer.precision=bf16-true",), "a precision it leaves out")
     for device in ("cpu", "cuda"):
         if device not in case.can.devices:
-            _expect_refusal(case, (f"trainer.accelerator={device}",), f"the device {device}")
+            expect_refusal(case, (f"trainer.accelerator={device}",), f"the device {device}")
     if case.slot == "attention" and case.mode and "mode" in case.config().attention:
-        _expect_refusal(case, ("attention.mode=no_such_mode",), "a mode it does not have")
+        expect_refusal(case, ("attention.mode=no_such_mode",), "a mode it does not have")
     if not case.can.decode:
         try:
             case.model().new_cache()
@@ -85,9 +85,10 @@ def what_is_not_declared_is_refused(case: Case) -> None:
         raise AssertionError("it declares decode=False, and yet the model gives out a cache")
 
 
-def _expect_refusal(case: Case, settings: tuple[str, ...], what: str) -> None:
-    cfg = compose.load(case.overrides(case.sizes, settings))
+def expect_refusal(case: Case, settings: tuple[str, ...], what: str) -> None:
+    """Raise AssertionError unless a run with these settings is refused."""
     try:
+        cfg = compose.load(case.overrides(case.sizes, settings))
         validate(cfg)
         Transformer(cfg, 16, registry.get())
     except UserError:

@@ -94,7 +94,11 @@ OF_SLOT: dict[str, tuple[Probe, ...]] = {
 }
 
 # Of an attention that takes a selection.
-SELECTING = (of_attention.is_softmax_over_the_selection, of_attention.unselected_keys_are_not_read)
+SELECTING = (
+    of_attention.is_softmax_over_the_selection,
+    of_attention.unselected_keys_are_not_read,
+    of_attention.declared_mass_and_bias_are_given,
+)
 
 
 def slot_checks(

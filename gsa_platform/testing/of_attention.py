@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsa_platform import registry
+from gsa_platform.testing.capabilities import expect_refusal
 from gsa_platform.testing.case import Case, layers
 from gsa_platform.testing.check import SkipTest, probe
-from gsa_platform.testing.compare import expect_close, expect_identical
-from gsa_platform.testing.gradients import ONE_LAYER, attention_call
+from gsa_platform.testing.compare import expect_close, expect_finite, expect_identical
+from gsa_platform.testing.gradients import ONE_LAYER, attention_call, loss_of
 from gsa_platform.testing.isolation import documents
 
 OBSERVATIONS = {"position", "first_sparse", "first_dense", "covered"}
@@ -64,6 +66,36 @@ def unselected_keys_are_not_read(case: Case) -> None:
         "it reads keys outside the selection",
         case.length - 1,
     )
+
+
+@probe("backward")
+def declared_mass_and_bias_are_given(case: Case) -> None:
+    """Trains a step beside every objective that needs the attention's mass or a bias on its
+    logits: where it declares them the loss is finite and a bias moves the output, where it does
+    not the run is refused."""
+    found, text = registry.get(), case.text()
+    plain = case.run(case.model(ONE_LAYER), text)
+    for name in found.names("objective"):
+        needs = list(getattr(found.component("objective", name).capabilities, "requires", {}))
+        lacking = [need for need in needs if not getattr(case.can, need, True)]
+        if not needs or lacking:
+            if lacking:
+                expect_refusal(case, (f"objective={name}",), f"{lacking[0]}=False and {name}")
+            continue
+        model = case.model(ONE_LAYER, f"objective={name}")
+        try:
+            loss = loss_of(case, model, text)
+        except Exception as error:
+            raise AssertionError(
+                f"it declares {' and '.join(needs)}, but a step with objective={name} raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        expect_finite(loss, f"the loss with objective={name}")
+        if "bias" in needs and torch.equal(case.run(model, text), plain):
+            raise AssertionError(
+                f"it declares bias, but objective={name}, which adds one to the logits of "
+                "selected keys, moves no output: the bias is ignored"
+            )
 
 
 @probe()

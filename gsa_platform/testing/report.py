@@ -49,9 +49,11 @@ class Report:
         those probe that passed), and the reason why one was skipped."""
         names = max([len(r.name) for r in self.results] + [5])
         lines = [f"{'check'.ljust(names)}  result   seconds"]
+        before = ""
         for r in self.results:
             lines.append(f"{r.name.ljust(names)}  {r.outcome:<7}  {r.seconds:7.2f}")
-            if r.outcome != "ok" or verbose:
+            repeats, before = r.text == before, r.text
+            if (r.outcome != "ok" or verbose) and not repeats:
                 lines += textwrap.wrap(
                     r.text, WIDTH, initial_indent="    ", subsequent_indent="    "
                 )

@@ -30,6 +30,8 @@ WRONG = {
     "reads_unwritten_memory": ("ReadsUnwrittenMemory", Capabilities()),
     "differs_when_compiled": ("DiffersWhenCompiled", Capabilities()),
     "ignores_the_selection": ("Plain", Capabilities(modes=("tile",))),
+    "promises_mass": ("PromisesMass", Capabilities(modes=("tile",), mass=True)),
+    "drops_the_bias": ("DropsTheBias", Capabilities(modes=("tile",), bias=True)),
 }
 
 
@@ -68,6 +70,20 @@ class Plain(Attention):
         from gsa_kernels.selection import SelectionSpec
 
         return SelectionSpec(8, 16, sparsity.window, sparsity.sinks)
+
+
+class PromisesMass(Plain):
+    """Right over a selection, without a mass."""
+
+    def forward(self, q, k, v, selection, seq, bias=None, need_mass=False):
+        see = selection.to_dense_mask().repeat_interleave(q.shape[2], 1)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=see, enable_gqa=True)
+        return AttentionOutput(out.transpose(1, 2))
+
+
+class DropsTheBias(PromisesMass):
+    """The same: it never looks at the bias."""
 
 
 class ReadsTheFuture(Plain):

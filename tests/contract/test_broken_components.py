@@ -83,6 +83,16 @@ CAUGHT = {
         "outside the selection",
         {"tile-is_softmax_over_the_selection"},
     ),
+    ("attention", "promises_mass"): (
+        "tile-declared_mass_and_bias_are_given",
+        "it declares mass, but a step with objective=kl raises ValueError",
+        set(),
+    ),
+    ("attention", "drops_the_bias"): (
+        "tile-declared_mass_and_bias_are_given",
+        "the bias is ignored",
+        set(),
+    ),
     ("indexer", "learns_nothing"): (
         "tile-objectives_teach_the_indexer",
         "the indexer never learns",
@@ -113,7 +123,7 @@ def loaded(fresh_registry):
     registry.get().load_path(FOLDER)
 
 
-@pytest.mark.parametrize(("slot", "name"), CAUGHT, ids=" ".join)
+@pytest.mark.parametrize(("slot", "name"), CAUGHT, ids=["-".join(key) for key in CAUGHT])
 def test_it_is_caught_by_the_right_check(slot, name):
     right, words, others = CAUGHT[slot, name]
     torch.set_num_threads(1)
