@@ -7,8 +7,20 @@ from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
 from .attention import checks
+from .extensions import (
+    gsa_register_callback,
+    gsa_register_data,
+    gsa_register_eval_task,
+    gsa_register_report_section,
+)
 
-GSA_PLUGIN_API = (1, 0)
+GSA_PLUGIN_API = (1, 1)
+__all__ = [
+    "gsa_register_callback",
+    "gsa_register_data",
+    "gsa_register_eval_task",
+    "gsa_register_report_section",
+]
 
 
 @hookimpl
