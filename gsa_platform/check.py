@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from gsa_platform.model.flops import (
     TokenFlops,
     flops_per_token,
-    indexer_scoring_flops,
     mean_keys,
     training_memory,
 )
@@ -31,24 +30,14 @@ def token_flops(cfg: Any, vocab: int, model: Any, keys: float | None = None) -> 
     model: the built Transformer (on any device), which knows the granularity in use.
     """
     n_sparse = sparse_layers(cfg)
-    budget = cfg.sparsity.get("k")
+    budget = cfg.sparsity.get("k", cfg.sparsity.get("k_max"))
     if keys is None and budget is not None:
         keys = mean_keys(cfg.context, budget)
     indexer = 0
     if n_sparse:
-        pooled = cfg.indexer.get("block_score", "max") == "mean"
         layer = next(b.attention for b in model.blocks if b.attention.indexer is not None)
         spec = layer.attention.selection_spec(layer.sparsity)
-        shared = int(getattr(spec, "query_tile", 1))
-        block = int(getattr(spec, "key_block", 1))
-        # A tile scores once for all its queries.
-        indexer = indexer_scoring_flops(
-            cfg.model.d_model,
-            cfg.indexer.get("heads", 0),
-            cfg.indexer.get("dim", 0),
-            cfg.context // shared,
-            block if pooled else 1,
-        )
+        indexer = layer.indexer.flops(cfg.context, spec)
     flops = flops_per_token(
         cfg.model,
         cfg.context,

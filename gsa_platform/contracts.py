@@ -9,6 +9,7 @@ LayerDims. The host layer (model/attention_layer.py) calls them in this order:
     objective.bias(factors, selection, ...)  -> logit bias or None
     attention(q, k, v, selection, seq, ...)  -> AttentionOutput
     objective.loss(...)                      -> the indexer's loss or None
+    sparsity.loss(...)                       -> the controller's own loss or None
 
 Legend: B batch, T query positions, S key positions, D model width, H query heads, K key-value
 heads, E head width. During training T = S; when decoding, T is what is new.
@@ -123,9 +124,20 @@ class Attention(Part):
 
 
 class Indexer(Part):
-    """Scores keys for queries. Its factors carry `k_BSI`, the index keys, which are cached."""
+    """Scores keys for queries. Its factors carry `k_BSI`, the index keys, which are cached, and
+    `with_keys(k_BSI)`, the same queries against all keys so far.
+
+    An indexer without parameters works with objective=none only; the host refuses it otherwise.
+    """
+
+    needs_attention: bool = False
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: Any) -> Any:
+        """Factors of the scores of x's positions.
+
+        With `needs_attention`, forward also gets the keywords q_BTHE and k_BSKE: the layer's own
+        queries and all its keys so far, rotated and detached.
+        """
         raise NotImplementedError
 
     def select(
@@ -134,6 +146,10 @@ class Indexer(Part):
         """previous: the unfinished tile of the last call (decoding), else None."""
         raise NotImplementedError
 
+    def flops(self, context: int, spec: Any) -> int:
+        """Forward FLOPs per token of projections and scoring, for the run's accounts."""
+        return 0
+
 
 class Sparsity(Part):
     """Turns score statistics into budgets. Budgets count keys, window and sinks included."""
@@ -141,13 +157,26 @@ class Sparsity(Part):
     window: int
     sinks: int
     max_keys: int  # static upper bound of any budget
+    statistics: tuple[str, ...] = ()  # what the rule reads; only these (and count) are computed
 
-    def budget(self) -> Any:
-        """An int, or a rule dict[str, Tensor] -> Tensor of budgets (statistics are [B, H, Q])."""
+    def budget(self, seq: Sequence, spec: Any = None) -> Any:
+        """An int, or a rule dict[str, Tensor] -> Tensor of budgets (statistics: [B, H, Q, ...]).
+
+        seq.step is the training step (0 when decoding); spec the selection's granularity, in
+        whose blocks count and histogram are given; None: single keys.
+        """
         raise NotImplementedError
 
     def observe(self, statistics: dict[str, Tensor]) -> None:
-        """Called after the optimizer step with the step's mean statistics, for running values."""
+        """Called after the optimizer step with the step's mean statistics (over the tiles that
+        had candidates), for running values."""
+
+    def loss(
+        self, factors: Any, choice: Choice, q_BTHE: Tensor, k_BSKE: Tensor, seq: Sequence
+    ) -> Tensor | None:
+        """Scalar to add to the language-model loss (already weighted), or None: for controllers
+        with parameters. Called in training only. q and k are detached; factors are not."""
+        return None
 
 
 class Gate(Part):

@@ -80,23 +80,28 @@ class LanguageModel(L.LightningModule):
         total = loss
         if index_losses:
             total = total + torch.stack(index_losses).mean()
+        budget_losses = [r.budget_loss for r in out.reports if r.budget_loss is not None]
+        if budget_losses:
+            total = total + torch.stack(budget_losses).mean()
         if world > 1:
-            # Queries without candidates leave indexer parameters unused, which DDP refuses.
+            # Queries without candidates leave these parameters unused, which DDP refuses.
             for block in self.model.blocks:
-                if block.attention.indexer is not None:
-                    for p in block.attention.indexer.parameters():
+                for part in (block.attention.indexer, block.attention.sparsity):
+                    for p in [] if part is None else part.parameters():
                         if p.requires_grad:
                             total = total + 0.0 * p.flatten()[0]
         self._statistics.append([r.statistics for r in out.reports])
-        self._log_step(loss.detach() / world if world > 1 else loss.detach(), index_losses, out)
+        self._log_step(loss.detach() / world if world > 1 else loss.detach(), out)
         return total
 
-    def _log_step(self, loss: Tensor, index_losses: list[Tensor], out: ModelOutput) -> None:
+    def _log_step(self, loss: Tensor, out: ModelOutput) -> None:
         """Logged means are over micro-batches and ranks, except the loss, which ranks add up."""
         self._step_loss.append(loss)
-        if index_losses:
-            value = torch.stack([x.detach() for x in index_losses]).mean()
-            self.log("train/index_loss", value, sync_dist=True)
+        for name in ("index_loss", "budget_loss"):
+            losses = [getattr(r, name) for r in out.reports if getattr(r, name) is not None]
+            if losses:
+                value = torch.stack([x.detach() for x in losses]).mean()
+                self.log(f"train/{name}", value, sync_dist=True)
         keys = [r.keys for r in out.reports if r.keys]
         if keys:
             self.log("attention/keys_mean", torch.stack([k["mean"] for k in keys]).mean())
@@ -176,5 +181,5 @@ def _mean_statistics(micro: list[list[dict[str, Tensor]]]) -> list[dict[str, Ten
     layers = []
     for reports in zip(*micro, strict=True):
         names = reports[0].keys()
-        layers.append({n: torch.stack([r[n] for r in reports]).mean() for n in names})
+        layers.append({n: torch.stack([r[n] for r in reports]).mean(0) for n in names})
     return layers

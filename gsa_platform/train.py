@@ -104,6 +104,9 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         limit_val_batches=1.0,
         log_every_n_steps=n.log_every,
         num_sanity_val_steps=0,
+        # Metrics that the first validation resets would be inference tensors, which the
+        # validations during training may not change.
+        inference_mode=False,
         logger=build_loggers(cfg),
         callbacks=callbacks,
         enable_progress_bar=bool(bar),

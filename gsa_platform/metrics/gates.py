@@ -9,7 +9,11 @@ SMALL = 0.1  # a gate below this value counts as closed
 
 
 class GateMean(SumMetric):
-    """Mean of the sigmoid gates and the share of gate values below 0.1, per layer and overall."""
+    """Mean size of the gates' multipliers and the share of sizes below 0.1, per layer and overall.
+
+    The size of a multiplier g is |g|: a gate that may turn negative (SiLU) and averages 0 is not
+    closed. For a sigmoid gate it is the gate itself.
+    """
 
     is_differentiable = False
     value_sum: Tensor
@@ -29,10 +33,10 @@ class GateMean(SumMetric):
     def update(
         self, value: Tensor | None = None, output: Tensor | None = None, layer: int = 0
     ) -> None:
-        """Add gate values (after the sigmoid, any shape) of one layer; None: no such gate."""
+        """Add multipliers (any shape) of one layer; None: no such gate."""
         for gate, values in (("value", value), ("output", output)):
             if values is not None:
-                values = values.detach()
+                values = values.detach().abs()
                 getattr(self, f"{gate}_sum")[layer] += values.sum(dtype=torch.float64)
                 getattr(self, f"{gate}_small")[layer] += (values < SMALL).sum()
                 getattr(self, f"{gate}_count")[layer] += values.numel()

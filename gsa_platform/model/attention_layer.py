@@ -20,6 +20,7 @@ from gsa_platform.contracts import (
     Sequence,
     Sparsity,
 )
+from gsa_platform.errors import UserError
 from gsa_platform.model.rope import apply_rotary
 
 
@@ -51,11 +52,12 @@ class LayerCache:
 
 @dataclass
 class LayerReport:
-    """What a layer says about one forward pass, all detached but index_loss."""
+    """What a layer says about one forward pass, all detached but the losses."""
 
     index_loss: Tensor | None = None
+    budget_loss: Tensor | None = None
     keys: dict[str, Tensor] = field(default_factory=dict)  # mean, min, max keys per query
-    gates: dict[str, Tensor] = field(default_factory=dict)  # mean and share below 0.1, per gate
+    gates: dict[str, Tensor] = field(default_factory=dict)  # of sizes: mean, share below 0.1
     statistics: dict[str, Tensor] = field(default_factory=dict)  # mean score statistics
     probe: dict[str, Tensor] = field(default_factory=dict)  # only on probed passes, as are:
     keys_BHT: Tensor | None = None  # keys attended by each query
@@ -83,6 +85,13 @@ class AttentionLayer(nn.Module):
             parts.sparsity,
         )
         self.gate, self.objective = parts.gate, parts.objective
+        if self.objective is not None and self.indexer is not None:
+            if next(self.indexer.parameters(), None) is None:
+                raise UserError(
+                    f"objective {type(self.objective).__name__} trains an indexer, but "
+                    f"{type(self.indexer).__name__} has no parameters. Type objective=none, or "
+                    "another indexer."
+                )
 
     def forward(
         self,
@@ -141,7 +150,11 @@ class AttentionLayer(nn.Module):
         objective = self.objective
         detach = objective is None or objective.detach_indexer
         spec = self.attention.selection_spec(self.sparsity)
-        factors = self.indexer(x_BTD.detach() if detach else x_BTD, seq, spec)
+        x_index = x_BTD.detach() if detach else x_BTD
+        if self.indexer.needs_attention:
+            factors = self.indexer(x_index, seq, spec, q_BTHE=q.detach(), k_BSKE=k.detach())
+        else:
+            factors = self.indexer(x_index, seq, spec)
         if cache is not None:
             cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
             factors = factors.with_keys(cache.index_k_BSI)
@@ -154,7 +167,7 @@ class AttentionLayer(nn.Module):
         bias = None
         if objective is not None:
             bias = objective.bias(factors, choice.selection, cache.bias if cache else None)
-        learn = objective is not None and self.training and torch.is_grad_enabled()
+        learn = self.training and torch.is_grad_enabled()
         need_mass = learn and objective is not None and objective.need_mass
         result = self.attention(q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass)
         if need_mass and result.mass is None:
@@ -166,18 +179,35 @@ class AttentionLayer(nn.Module):
             report.index_loss = objective.loss(
                 factors, spec, choice.selection, result.mass, q, k, seq
             )
+        if learn:
+            report.budget_loss = self.sparsity.loss(factors, choice, q.detach(), k.detach(), seq)
         if cache is not None:
             cache.tail = choice.selection.tail()
             cache.bias = None if bias is None else bias.detach()[:, :, -1:]
         report.keys = _key_summary(choice.selection)
-        report.statistics = {n: s.float().mean() for n, s in choice.statistics.items()}
+        report.statistics = _mean_statistics(choice.statistics)
         return result.out_BTHE, choice.selection
 
 
 @torch.no_grad()
 def _gate_summary(name: str, gate: Tensor) -> dict[str, Tensor]:
-    gate = gate.detach()
+    gate = gate.detach().abs()
     return {f"{name}_mean": gate.float().mean(), f"{name}_low": (gate < 0.1).float().mean()}
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _mean_statistics(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean of each over the tiles that had anything to choose from."""
+    count = statistics.get("count")
+    if count is None:
+        return {name: value.float().mean((0, 1, 2)) for name, value in statistics.items()}
+    known = count > 0
+    found = {}
+    for name, value in statistics.items():
+        weight = known.view(*known.shape, *[1] * (value.ndim - known.ndim))
+        found[name] = (value.float() * weight).sum((0, 1, 2)) / known.sum().clamp_min(1)
+    return found
 
 
 @torch.compiler.disable

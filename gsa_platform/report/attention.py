@@ -36,7 +36,7 @@ def attention_rows(r: Mapping[str, Any]) -> Rows:
             ("Keys attended", keys),
             ("Selection recall", recall),
             ("First-token share", _first_token(r)),
-            ("Mean gate (0 to 1)", join([value, output])),
+            ("Mean gate", join([value, output])),
         ]
     )
 

@@ -140,12 +140,15 @@ def equals_dense_attention_when_nothing_is_pruned(case: Case) -> None:
 def unpruned(case: Case) -> list[str]:
     """Settings under which every key is attended, or SkipTest."""
     declared = case.entry.component.trial.dense
-    if declared is not None:
-        return [f"{case.slot}.{key}={value}" for key, value in declared.items()]
-    if case.slot == "attention" and not case.can.modes:
-        raise SkipTest("declares no settings under which it attends every key (Trial.dense)")
+    settings = [f"{case.slot}.{key}={value}" for key, value in (declared or {}).items()]
+    if case.slot == "attention" and not case.mode:
+        if declared is None:
+            raise SkipTest("declares no settings under which it attends every key (Trial.dense)")
+        return settings
+    if case.slot == "sparsity" and declared is not None:
+        return settings
     whole = 1024 * (1 + case.length // 1024)
-    names = set(map(str, case.config().sparsity)) & {"k", "k_min", "k_max"}
-    if "k" not in names:
+    names = sorted(set(map(str, case.config().sparsity)) & {"k", "k_min", "k_max"})
+    if not names:
         raise SkipTest("declares no settings under which nothing is pruned (Trial.dense)")
-    return [f"sparsity.{name}={whole}" for name in sorted(names)]
+    return [*settings, *(f"sparsity.{name}={whole}" for name in names)]

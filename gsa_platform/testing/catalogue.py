@@ -58,6 +58,7 @@ GENERAL = (
     building.copies_are_independent,
     building.pickles,
     training.one_step_lowers_the_loss,
+    training.its_cost_can_be_told,
     capabilities.what_is_not_declared_is_refused,
 )
 DENSE = building.equals_dense_attention_when_nothing_is_pruned

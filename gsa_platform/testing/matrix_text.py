@@ -10,6 +10,7 @@ from gsa_platform.components import SLOTS
 from gsa_platform.testing.matrix import BROKEN, REFUSED, WORKS, Combination, Outcome
 
 WIDTH = 99
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps words on one line
 Row = tuple[str, ...]
 Box = tuple[tuple[str, ...], ...]  # the names of each slot; stands for all their combinations
 
@@ -78,12 +79,22 @@ def size(box: Box) -> int:
     return count
 
 
+def _names(names: tuple[str, ...], every: set[str]) -> str:
+    """The names; `*` for all of several, and what is left out where that is shorter."""
+    left = sorted(every - set(names))
+    if not left and len(every) > 1:
+        return "*"
+    if left and 2 * len(left) < len(names):
+        return f"(all{_GLUE}but{_GLUE}{','.join(left)})"
+    return ",".join(names)
+
+
 def _products(rows: Iterable[Row], every: list[set[str]], limit: int = 0) -> list[str]:
     found = boxes(rows)
     lines = []
     for box in found[: limit or None]:
         parts = [
-            f"{slot}={'*' if len(names) > 1 and set(names) == every[axis] else ','.join(names)}"
+            f"{slot}={_names(names, every[axis])}"
             for axis, (slot, names) in enumerate(zip(SLOTS, box, strict=True))
         ]
         text = (
@@ -91,7 +102,7 @@ def _products(rows: Iterable[Row], every: list[set[str]], limit: int = 0) -> lis
             if limit
             else f"{' '.join(parts)} ({size(box):,})"
         )
-        lines += textwrap.wrap(
+        wrapped = textwrap.wrap(
             text,
             WIDTH - 2,
             initial_indent="  ",
@@ -99,6 +110,7 @@ def _products(rows: Iterable[Row], every: list[set[str]], limit: int = 0) -> lis
             break_long_words=False,
             break_on_hyphens=False,
         )
+        lines += [line.replace(_GLUE, " ") for line in wrapped]
     if limit and len(found) > limit:
         left = sum(map(size, found[limit:]))
         lines.append(f"  {left:,} x  in {len(found) - limit} more products (--json lists them)")

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from gsa_platform import registry
+from gsa_platform.check import token_flops
 from gsa_platform.errors import UserError
 from gsa_platform.module import LanguageModel
 from gsa_platform.testing.case import Case
@@ -43,6 +44,14 @@ def one_step_lowers_the_loss(case: Case) -> None:
             f"one AdamW step of lr 2e-3 took the loss of its own batch from {before:.6f} to "
             f"{after:.6f}: the gradient does not point downhill"
         )
+
+
+@probe()
+def its_cost_can_be_told(case: Case) -> None:
+    """Asks for the FLOPs per token, as `check` and the closing summary do: positive and finite."""
+    cost = token_flops(case.config(), case.vocabulary, case.build())
+    if not 0 < cost.training < float("inf"):
+        raise AssertionError(f"the cost of a token is {cost.training} FLOPs: {cost}")
 
 
 def total(module: LanguageModel, batch: dict[str, torch.Tensor]) -> float:

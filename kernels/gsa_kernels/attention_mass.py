@@ -24,7 +24,7 @@ def tile_probability(
 
     S' is the tile's last query + 1. mask_BHRS restricts the softmax to a selection.
     """
-    anchor, r = int(layout.anchor_Q[tile]), layout.spec.query_tile
+    anchor, r = layout.anchor(tile), layout.spec.query_tile
     low, high = max(anchor, layout.q_start), min(anchor + r, layout.q_start + layout.n_queries)
     position = torch.arange(low, high, device=q_BTHE.device)
     batch, _, heads, width = q_BTHE.shape
@@ -33,7 +33,8 @@ def tile_probability(
     q = q_BTHE[:, low - layout.q_start : high - layout.q_start].to(dtype) * width**-0.5
     q = q.view(batch, -1, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
     k = k_BSKE[:, :high].to(dtype).permute(0, 2, 3, 1)[:, :, None]
-    logits = q @ k
+    with torch.autocast(q.device.type, enabled=False):  # a target of 8 bits would be noise
+        logits = q @ k
     key = torch.arange(high, device=q.device)
     keep = (key <= position[:, None])[None, None]
     if doc_start_BS is not None:
@@ -138,7 +139,7 @@ def _compare(
     """Append what the tile's selection covers of the dense mass on its candidates."""
     spec = layout.spec
     c = spec.key_block
-    n_blocks = max(0, int(layout.anchor_Q[tile]) - spec.window + 1) // c
+    n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c
     chosen = selection.blocks_BHQN[:, :, tile].long()
     if n_blocks == 0 or chosen.shape[-1] == 0:
         return

@@ -26,10 +26,20 @@ def resolve(operation: str, impl: str, device: torch.device, available: dict[str
     return impl
 
 
-def triton_reason(device: torch.device) -> str:
-    """Why Triton kernels cannot run on this device; empty when they can."""
+def triton_reason(device: torch.device, interpreted: bool = False) -> str:
+    """Why Triton kernels cannot run on this device; empty when they can.
+
+    interpreted: a CPU will do where TRITON_INTERPRET=1 asks for Triton's (slow) interpreter.
+    """
+    return _triton_reason(device.type, interpreted)
+
+
+@torch.compiler.assume_constant_result
+def _triton_reason(device_type: str, interpreted: bool) -> str:
+    # Looks at files and the environment, which a compiled graph cannot.
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels need a CUDA device, not {device.type}"
+    interpreted = interpreted and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        return f"Triton kernels need a CUDA device, not {device_type}"
     return ""

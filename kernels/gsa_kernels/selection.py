@@ -85,6 +85,10 @@ class TileLayout:
     def n_tiles(self) -> int:
         return self.anchor_Q.numel()
 
+    def anchor(self, tile: int) -> int:
+        """anchor_Q[tile], known without waiting for the device."""
+        return (self.q_start // self.spec.query_tile + tile) * self.spec.query_tile
+
     @property
     def n_blocks(self) -> int:
         return -(-self.n_keys // self.spec.key_block)

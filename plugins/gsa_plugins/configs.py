@@ -59,25 +59,64 @@ class NoIndexerConfig:
 
 
 @dataclass
-class GatedLightningConfig:
-    name: str = "gated_lightning"
+class LightningConfig:
+    """What the lightning indexers share; no component by itself."""
+
+    name: str = ""
     heads: int = 4  # J, index heads
     dim: int = 64  # I, width of an index query or key
     scale: str = "rsqrt"  # rsqrt: scores divided by sqrt(dim); none: as in the paper's figure
-    head_bias: bool = True  # b_j inside the key sigmoid
-    weight_bias: bool = True  # c_j inside the head-weight sigmoid
-    block_score: str = "mean"  # a block's score: from its mean key (cheap), or max over its keys
     rope: bool = True  # rotary index queries and keys: without it no score knows the distance
 
 
 @dataclass
-class ReluLightningConfig:
+class GatedLightningConfig(LightningConfig):
+    name: str = "gated_lightning"
+    block_score: str = "mean"  # a block's score: from its mean key (cheap), or max over its keys
+    head_bias: bool = True  # b_j inside the key sigmoid
+    weight_bias: bool = True  # c_j inside the head-weight sigmoid
+
+
+@dataclass
+class ReluLightningConfig(LightningConfig):
     name: str = "relu_lightning"
-    heads: int = 4
-    dim: int = 64
-    scale: str = "rsqrt"
     block_score: str = "mean"
-    rope: bool = True
+
+
+@dataclass
+class PooledIndexerConfig(LightningConfig):
+    name: str = "pooled"
+    activation: str = "sigmoid"  # scores as in gated_lightning (sigmoid) or relu_lightning (relu)
+    pool: int = 64  # keys pooled together, a multiple of attention.key_block
+    pooling: str = "mean"  # of the index keys: mean, or max of each channel
+
+
+@dataclass
+class HierarchicalIndexerConfig(LightningConfig):
+    name: str = "hierarchical"
+    activation: str = "sigmoid"
+    block_score: str = "mean"
+    pool: int = 256  # keys pooled together for the coarse scores
+    survivors: int = 64  # pooling blocks whose keys are scored exactly
+    pooling: str = "mean"
+
+
+@dataclass
+class OracleIndexerConfig:
+    name: str = "oracle"
+    max_context: int = 16384  # longer contexts are refused: it costs as much as dense attention
+
+
+@dataclass
+class RandomIndexerConfig:
+    name: str = "random"
+    seed: int = 0  # of the hash
+
+
+@dataclass
+class StridedIndexerConfig:
+    name: str = "strided"
+    stride: int = 0  # n: every n-th block comes first; 0: n as small as the budget allows
 
 
 @dataclass
@@ -108,6 +147,56 @@ class AdaptiveVarianceConfig:
 
 
 @dataclass
+class AdaptiveEntropyConfig:
+    name: str = "adaptive_entropy"
+    k: int = 2048  # budget at average entropy, window and sinks included
+    k_min: int = 256
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+    sign: str = "increasing"  # budget as the entropy grows: increasing or decreasing
+    form: str = "ratio"  # ratio or logistic, of the distance from equal scores to its mean
+    temperature: float = 1.0
+    decay: float = 0.99
+
+
+@dataclass
+class TopPConfig:
+    name: str = "top_p"
+    p: float = 0.8  # share of the summed candidate scores that the chosen ones hold
+    k_min: int = 256  # bounds of the budget, window and sinks included
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+
+
+@dataclass
+class LearnedBudgetConfig:
+    name: str = "learned"
+    k: int = 2048  # every query's budget before it learns, window and sinks included
+    k_min: int = 256
+    k_max: int = 4096
+    window: int = 128
+    sinks: int = 64
+    mass: float = 0.9  # share of the dense attention that a budget should cover
+    quantile: float = 0.5  # share of the queries whose budget should reach that
+    hidden: int = 16  # width of its network
+    rows: int = 4  # query tiles per sequence that it learns from, different ones every step
+    weight: float = 1.0  # of its loss beside the language model's
+
+
+@dataclass
+class ScheduledBudgetConfig:
+    name: str = "scheduled"
+    k: int = 2048  # keys in the end, and always outside training, window and sinks included
+    k_start: int = 0  # keys at step 0; 0: the whole context
+    steps: int = 1000  # optimizer steps until k
+    shape: str = "cosine"  # of the way from k_start to k: linear or cosine
+    window: int = 128
+    sinks: int = 64
+
+
+@dataclass
 class NoGateConfig:
     name: str = "none"
 
@@ -116,21 +205,18 @@ class NoGateConfig:
 class ValueGateConfig:
     name: str = "value"
     granularity: str = "elementwise"  # elementwise or headwise (one scalar per head)
-    bias: float = 0.0  # initial bias: the gate starts at sigmoid(bias)
+    activation: str = "sigmoid"  # of z = x W + b: sigmoid (0 to 1), silu (z sigmoid z), tanh
+    bias: float = 0.0  # initial b; activation(b) is where the gate starts: sigmoid 0.5, tanh 1
 
 
 @dataclass
-class OutputGateConfig:
+class OutputGateConfig(ValueGateConfig):
     name: str = "output"
-    granularity: str = "elementwise"
-    bias: float = 0.0
 
 
 @dataclass
-class DualGateConfig:
+class DualGateConfig(ValueGateConfig):
     name: str = "dual"
-    granularity: str = "elementwise"
-    bias: float = 0.0
 
 
 @dataclass
@@ -154,3 +240,9 @@ class BiasObjectiveConfig:
     name: str = "bias"
     beta: float = 1.0  # attention logits of selected keys gain beta * log(score)
     detach: bool = False
+
+
+@dataclass
+class KlBiasObjectiveConfig(KlObjectiveConfig):
+    name: str = "kl_bias"
+    beta: float = 1.0  # attention logits of selected keys gain beta * log(score)

@@ -1,17 +1,25 @@
-"""The records of every first-party component. Targets are strings: nothing heavy is imported."""
+"""The first-party plugin: its records, and what it refuses before anything is built."""
 
 from typing import Any
 
 from gsa_platform import Capabilities, Component, Trial, hookimpl
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
 from .attention import checks
+from .checks import problems
 from .extensions import (
     gsa_register_callback,
     gsa_register_data,
     gsa_register_eval_task,
     gsa_register_report_section,
+)
+from .records import (
+    gsa_register_gate,
+    gsa_register_indexer,
+    gsa_register_objective,
+    gsa_register_sparsity,
 )
 
 GSA_PLUGIN_API = (1, 1)
@@ -98,99 +106,19 @@ def gsa_register_attention() -> list[Component]:
     ]
 
 
-@hookimpl
-def gsa_register_indexer() -> list[Component]:
-    return [
-        Component("none", "", c.NoIndexerConfig, "No indexer: for dense attention"),
-        Component(
-            "gated_lightning",
-            "gsa_plugins.indexer:GatedLightningIndexer",
-            c.GatedLightningConfig,
-            "Sigmoid-gated lightning indexer (arXiv 2601.15305)",
-        ),
-        Component(
-            "relu_lightning",
-            "gsa_plugins.indexer:ReluLightningIndexer",
-            c.ReluLightningConfig,
-            "ReLU lightning indexer (DeepSeek-V3.2)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_sparsity() -> list[Component]:
-    return [
-        Component("none", "", c.NoSparsityConfig, "No budget: for dense attention"),
-        Component(
-            "fixed",
-            "gsa_plugins.sparsity:FixedBudget",
-            c.FixedBudgetConfig,
-            "The same number of keys for every query",
-        ),
-        Component(
-            "adaptive_variance",
-            "gsa_plugins.sparsity:AdaptiveVarianceBudget",
-            c.AdaptiveVarianceConfig,
-            "Budget from the variance of a query's own index scores (arXiv 2601.15305, Eq. 8)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_gate() -> list[Component]:
-    return [
-        Component("none", "", c.NoGateConfig, "No gate"),
-        Component(
-            "value",
-            "gsa_plugins.gate:SigmoidGate",
-            c.ValueGateConfig,
-            "Sigmoid gate on the values, G2 (arXiv 2505.06708)",
-        ),
-        Component(
-            "output",
-            "gsa_plugins.gate:SigmoidGate",
-            c.OutputGateConfig,
-            "Sigmoid gate on the attention output, G1 (arXiv 2505.06708)",
-        ),
-        Component(
-            "dual",
-            "gsa_plugins.gate:SigmoidGate",
-            c.DualGateConfig,
-            "Both gates, G1 and G2 (arXiv 2601.15305)",
-        ),
-    ]
-
-
-@hookimpl
-def gsa_register_objective() -> list[Component]:
-    return [
-        Component("none", "", c.NoObjectiveConfig, "The indexer gets no training signal"),
-        Component(
-            "kl",
-            "gsa_plugins.objective:KlObjective",
-            c.KlObjectiveConfig,
-            "KL from the head-summed attention to the index distribution (DeepSeek-V3.2)",
-            Capabilities(requires={"mass": "selected"}),
-        ),
-        Component(
-            "bias",
-            "gsa_plugins.objective:BiasObjective",
-            c.BiasObjectiveConfig,
-            "beta * log(score) on the attention logits: the model's own loss trains the indexer",
-            Capabilities(requires={"bias": ""}),
-        ),
-    ]
-
-
 # Settings with a fixed set of values, by (slot, setting).
 CHOICES = {
     ("attention", "backend"): ("auto", "cudnn", "flash", "efficient", "math", "fa3"),
     ("attention", "selection_heads"): ("shared", "kv"),
     ("indexer", "scale"): ("rsqrt", "none"),
     ("indexer", "block_score"): ("mean", "max"),
+    ("indexer", "activation"): ("sigmoid", "relu"),
+    ("indexer", "pooling"): ("mean", "max"),
     ("sparsity", "sign"): ("decreasing", "increasing"),
     ("sparsity", "form"): ("ratio", "logistic"),
+    ("sparsity", "shape"): ("linear", "cosine"),
     ("gate", "granularity"): ("elementwise", "headwise"),
+    ("gate", "activation"): ("sigmoid", "silu", "tanh"),
     ("objective", "distribution"): ("softmax", "log"),
 }
 
@@ -206,29 +134,9 @@ def gsa_validate(config: Any) -> None:
                 f"{suggest(str(value), choices)}"
             )
     checks.refuse(config)
-    attention, indexer, sparsity, objective = (
-        config[slot] for slot in ("attention", "indexer", "sparsity", "objective")
-    )
-    if attention.get("selection_heads") == "kv":
-        kv_heads = config.model.n_kv_heads
-        if _ours("indexer", indexer.name) and indexer.get("heads", kv_heads) % kv_heads:
-            raise UserError(
-                f"attention.selection_heads=kv splits the index heads over {kv_heads} key-value "
-                f"heads: indexer.heads={indexer.heads} is not a multiple of {kv_heads}"
-            )
-    if sparsity.name == "adaptive_variance" and not sparsity.k_min <= sparsity.k <= sparsity.k_max:
-        raise UserError(
-            f"sparsity.k={sparsity.k} must lie between sparsity.k_min={sparsity.k_min} and "
-            f"sparsity.k_max={sparsity.k_max}"
-        )
-    if objective.name == "kl" and objective.dense_rows == 0:
-        if not objective.selected:
-            raise UserError(
-                "objective kl has nothing to learn from: set objective.selected=true or "
-                "objective.dense_rows above 0"
-            )
-        if objective.warmup_steps:
-            raise UserError("objective.warmup_steps needs objective.dense_rows above 0")
+    ours = {slot for slot in SLOTS if _ours(slot, config[slot].name)}
+    if found := list(problems(config, ours)):
+        raise UserError("\n".join(found))
 
 
 def _ours(slot: str, name: str) -> bool:

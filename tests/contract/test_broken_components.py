@@ -106,7 +106,7 @@ CAUGHT = {
     ("sparsity", "overspends"): (
         "tile-budgets_are_whole_and_in_bounds",
         "outside 1 .. max_keys",
-        set(),
+        {"tile-selections_keep_to_the_budget"},
     ),
     ("sparsity", "averages_the_batch"): (
         "tile-budgets_come_from_their_own_row",

@@ -41,6 +41,12 @@ CHECKS = [
     for name in names(slot)
     for check in slot_checks(slot, name)
 ]
+# Small enough for the coarse scores to prune too, which not every budget allows.
+CHECKS += [
+    pytest.param(check, id=f"indexer=hierarchical-few_survivors-{check}")
+    for check in slot_checks("indexer", "hierarchical", {"survivors": 4}, ["attention.mode=tile"])
+    if "equals_dense" not in str(check)
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -6,7 +6,16 @@ import importlib.util
 
 import pytest
 import torch
-from test_properties import CUTS, LENGTH, build, gradients, hidden, loss_of, tokens
+from test_properties import (
+    CUTS,
+    LENGTH,
+    build,
+    gradients,
+    hidden,
+    largest_tensor,
+    loss_of,
+    tokens,
+)
 
 needs_xformers = pytest.mark.skipif(
     importlib.util.find_spec("xformers") is None, reason="xformers is not installed"
@@ -130,3 +139,20 @@ def test_diagnostics_see_it(case):
     for report in reports:
         covered = report.probe["covered"]
         assert len(covered) and (covered > 0).all() and (covered <= 1 + 1e-9).all()
+
+
+@pytest.mark.parametrize("attention", ["sliding_window", "flex", "xformers_sparse"])
+def test_no_tensor_is_quadratic_in_the_context(attention, monkeypatch):
+    if attention == "xformers_sparse":
+        pytest.importorskip("xformers")
+        from gsa_plugins.attention import xformers_sparse
+
+        monkeypatch.setitem(xformers_sparse._CHUNK, "cpu", 1)
+    overrides = [f"attention={attention}"]
+    if attention == "sliding_window":
+        overrides += ["attention.window=100", "attention.sinks=4"]
+    else:
+        overrides += ["sparsity=fixed", "sparsity.k=256", "sparsity.window=64"]
+        overrides += ["indexer.dim=8", "objective=none"]
+    short, long = (largest_tensor(n, *overrides) for n in (2048, 4096))
+    assert long < 3 * short and long < 4096 * 4096 // 4

@@ -119,6 +119,7 @@ def work(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("GSA_PLUGIN_PATH", "")  # restored after plugins_path= sets it
     monkeypatch.setenv("GSA_PLUGINS_REPORTED", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a user has not set it
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for module in ("broken", "refuser"):
         monkeypatch.delitem(sys.modules, module, raising=False)

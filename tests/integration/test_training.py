@@ -156,6 +156,7 @@ VARIANTS = [
     ("data.cross_document=false",),
     ("train.activation_checkpointing=true",),
     ("trainer.precision=bf16-mixed",),
+    ("train.val_every=1",),
 ]
 
 

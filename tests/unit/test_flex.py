@@ -179,6 +179,19 @@ def test_eager_memory_is_linear():
     assert max(held) < 2 * 1024 * 1024 // 4
 
 
+def test_autocast_changes_nothing():
+    selection = make_selection(100, (16, 16))
+    q, k, v = (x.bfloat16().requires_grad_() for x in draw(100))
+    layer = build()
+    outs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = layer(q, k, v, selection, Sequence()).out_BTHE
+        outs.append([out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))])
+    for plain, cast in zip(*outs):
+        assert torch.equal(plain, cast)
+
+
 def test_without_a_selection_it_is_dense():
     q, k, v = draw(63)
     got = build()(q, k, v, None, Sequence()).out_BTHE

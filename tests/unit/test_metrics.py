@@ -162,6 +162,14 @@ def test_gate_mean():
     assert float(metric.compute()["output_mean"]) == 0.25
 
 
+def test_a_gate_that_averages_zero_is_not_closed():
+    metric = GateMean()
+    metric.update(value=torch.tensor([-0.25, 0.25, -0.05]))
+    result = metric.compute()
+    assert float(result["value_mean"]) == pytest.approx(0.55 / 3)
+    assert float(result["value_small"]) == pytest.approx(1 / 3)
+
+
 def test_uniform_references_match_the_published_values():
     assert uniform_first_token(64) == pytest.approx(0.059, abs=5e-4)
     assert uniform_first_token(256) == pytest.approx(0.0201, abs=5e-5)

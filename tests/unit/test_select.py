@@ -31,8 +31,9 @@ def by_variance(statistics):
 BUDGETS = {"fixed": 45, "rule": by_variance, "everything": 10_000}
 
 
-def both(factors, spec, budget, max_keys, docs=None, **kwargs):
+def both(factors, spec, budget, max_keys, docs=None, statistics=("variance",)):
     length = factors.k_BSI.shape[1]
+    kwargs = {"statistics": statistics}
     return [
         select(factors, spec, budget, max_keys, length, docs, impl=impl, **kwargs)
         for impl in ("eager", "reference")
@@ -61,7 +62,8 @@ def test_one_tile_at_a_time_is_the_same(granularity, activation, budget, monkeyp
     spec = SelectionSpec(*granularity, window=5)
     rule = BUDGETS[budget]
     keys = rule if isinstance(rule, int) else 50
-    whole = select(factors, spec, rule, keys, 100).selection.blocks_BHQN
+    whole = select(factors, spec, rule, keys, 100, statistics=("variance",)).selection
+    whole = whole.blocks_BHQN
     monkeypatch.setitem(index_score._CHUNK, "cpu", 1)
     eager, reference = both(factors, spec, rule, keys)
     assert torch.equal(eager.selection.blocks_BHQN, whole)
@@ -132,8 +134,9 @@ def test_statistics(granularity, documents):
     factors = make_factors(100, heads=2)
     spec = SelectionSpec(*granularity, window=7, sinks=3, heads=2)
     docs = make_documents(100) if documents else None
-    eager, reference = both(factors, spec, 45, 45, docs, statistics=True)
-    assert set(eager.statistics) == {"count", "mean", "variance"}
+    names = ("count", "mean", "variance", "max", "entropy")
+    eager, reference = both(factors, spec, 45, 45, docs, statistics=names)
+    assert tuple(eager.statistics) == names
     torch.testing.assert_close(eager.statistics, reference.statistics, rtol=1e-5, atol=1e-6)
     layout = eager.selection.layout
     scores = block_score_matrix(factors, spec.key_block, docs)

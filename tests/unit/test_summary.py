@@ -71,7 +71,7 @@ GOLDEN = """\
 |   Keys attended        1,990.3 per query (mean), 3.0 % of the causal keys, 2,048 budget
 |   Selection recall     40.0 % -> 80.0 % of dense attention mass covered (first -> last)
 |   First-token share    6.00 % mean over layers, 10.00 % in layer 0, 0.64 % if uniform
-|   Mean gate (0 to 1)   0.450 value, 0.200 output
+|   Mean gate            0.450 value, 0.200 output
 |
 | Notes
 |   - preset h200 picked

@@ -185,6 +185,16 @@ def test_operators_are_registered_truthfully():
     torch.library.opcheck(ops.forward, args, test_utils=checks)
 
 
+def test_float64_is_never_rounded():
+    from gsa_kernels.sparse_attention.api import sparse_attention
+
+    selection = on_device(make_selection(40, (16, 16)))
+    q, k, v, _ = (x.to(DEVICE) for x in inputs(selection))
+    with pytest.raises(ValueError, match="float64 needs eager"):
+        sparse_attention(q, k, v, selection, impl="triton")
+    assert sparse_attention(q, k, v, selection).out_BTHE.dtype == torch.float64
+
+
 def test_refusals():
     from gsa_kernels.sparse_attention.api import sparse_attention
 

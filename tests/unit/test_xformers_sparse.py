@@ -148,6 +148,19 @@ def test_later_tokens_change_nothing(documents):
         assert not torch.equal(after[:, t:], before[:, t:])
 
 
+def test_autocast_changes_nothing():
+    selection = make_selection(100, (16, 16))
+    q, k, v = (x.bfloat16().requires_grad_() for x in draw(100))
+    layer = XformersSparseAttention(XformersSparseConfig(key_block=16, query_tile=16), DIMS)
+    outs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = layer(q, k, v, selection, Sequence()).out_BTHE
+        outs.append([out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))])
+    for plain, cast in zip(*outs):
+        assert torch.equal(plain, cast)
+
+
 def test_without_a_selection_it_is_dense():
     layer = XformersSparseAttention(XformersSparseConfig(), DIMS)
     q, k, v = draw(63)

@@ -272,6 +272,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="gsa_kernels.bench.attention", description=__doc__)
     cuda = torch.cuda.is_available()
     p.add_argument("--out", type=Path, help="JSON file to write")
+    p.add_argument("--commit", help="to record, where the sources are no git checkout")
     p.add_argument("--device", default="cuda" if cuda else "cpu")
     p.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     p.add_argument("--lengths", type=int, nargs="+", default=[131072] if cuda else [8192])
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     report: dict[str, Any] = environment(torch.device(args.device))
+    report["commit"] = args.commit or report["commit"]
     report["command"] = "python -m gsa_kernels.bench.attention " + shlex.join(argv)
     report["error_over_low_precision"], rows = {}, []
     for tile in args.tiles:

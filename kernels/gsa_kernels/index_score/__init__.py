@@ -1,5 +1,5 @@
 """Index scores: how much an indexer wants each key for each query."""
 
-from .api import IndexFactors, pool_keys, score_tile, scores_at
+from .api import BlockScores, IndexFactors, Scored, pool_keys, scores_at
 
-__all__ = ["IndexFactors", "pool_keys", "score_tile", "scores_at"]
+__all__ = ["BlockScores", "IndexFactors", "Scored", "pool_keys", "scores_at"]

@@ -48,3 +48,21 @@ def block_score_matrix(
     if not columns:
         return factors.weight_BTJ.new_zeros(batch, factors.heads, factors.q_BTJI.shape[1], 0)
     return torch.stack(columns, -1)
+
+
+def pooled_score(
+    factors: IndexFactors, b: int, query: int, keys_SI: Tensor, pooling: str
+) -> Tensor:
+    """[H] scores of one query (offset from q_start) for the mean or maximum of some keys."""
+    key = keys_SI.mean(0) if pooling == "mean" else keys_SI.amax(0)
+    one = IndexFactors(
+        factors.q_BTJI[b : b + 1, query : query + 1],
+        key[None, None],
+        factors.weight_BTJ[b : b + 1, query : query + 1],
+        factors.bias_J,
+        factors.scale,
+        factors.activation,
+        factors.block_score,
+        factors.heads,
+    )
+    return score_matrix(one)[0, :, 0, 0]

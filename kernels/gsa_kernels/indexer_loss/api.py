@@ -9,14 +9,12 @@ distribution "softmax": s = softmax(score). "log": s = score / sum(score), the s
 log(score), which lets bounded sigmoid scores become as sharp as attention is.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gsa_kernels.attention_mass import dense_mass
-from gsa_kernels.index_score.api import IndexFactors, pool_keys, score_tile, scores_at
+from gsa_kernels.index_score.api import BlockScores, scores_at
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 
 DISTRIBUTIONS = ("softmax", "log")
@@ -24,7 +22,7 @@ _EPS = 1e-6  # below any score that carries a signal; keeps log(score) finite fo
 
 
 def log_score_bias(
-    factors: IndexFactors, selection: Selection, beta: float, previous: Tensor | None = None
+    factors: BlockScores, selection: Selection, beta: float, previous: Tensor | None = None
 ) -> Tensor:
     """[B, H, Q, N] beta * log(score), to be added to the attention logits; 0 in empty slots.
 
@@ -55,7 +53,7 @@ def log_score_bias(
 
 
 def selected_kl(
-    factors: IndexFactors, selection: Selection, mass_BHQN: Tensor, distribution: str = "softmax"
+    factors: BlockScores, selection: Selection, mass_BHQN: Tensor, distribution: str = "softmax"
 ) -> Tensor:
     """Mean KL over the tiles that selected at least two blocks; a scalar, 0 if there are none.
 
@@ -66,7 +64,7 @@ def selected_kl(
 
 
 def dense_kl(
-    factors: IndexFactors,
+    factors: BlockScores,
     q_BTHE: Tensor,
     k_BSKE: Tensor,
     spec: SelectionSpec,
@@ -82,25 +80,19 @@ def dense_kl(
         spec, q_BTHE.shape[1], k_BSKE.shape[1], factors.q_start, doc_start_BS, q_BTHE.device
     )
     c = spec.key_block
-    mean = c == 1 or factors.block_score == "mean"
-    keys = pool_keys(factors.k_BSI, c, doc_start_BS) if mean else factors.k_BSI
-    total = factors.q_BTJI.new_zeros(())
+    prepared = factors.prepare(c, doc_start_BS)
+    total = factors.k_BSI.new_zeros(())
     weight = total
     for tile in tiles.tolist():
-        n_blocks = max(0, int(layout.anchor_Q[tile]) - spec.window + 1) // c
+        n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c
         if n_blocks < 2:
             continue
         part = slice(tile, tile + 1)
         mass = dense_mass(q_BTHE, k_BSKE, layout, tile, doc_start_BS, factors.heads)
         allowed = layout.candidates(part, n_blocks)[:, None]
-        at = factors.rows(layout.anchor_Q[part] - factors.q_start)
-
-        def score(
-            q: Tensor, w: Tensor, k: Tensor, at: IndexFactors = at, n: int = n_blocks
-        ) -> Tensor:
-            return score_tile(replace(at, q_BTJI=q, weight_BTJ=w, k_BSI=k), c, n, doc_start_BS, k)
-
-        scores = checkpoint(score, at.q_BTJI, at.weight_BTJ, keys, use_reentrant=False)
+        scores = checkpoint(
+            factors.tile_scores, layout, part, n_blocks, prepared, use_reentrant=False
+        )
         mass = mass[..., :n_blocks].unsqueeze(2)
         rows = (allowed.sum(-1) >= 2).expand(scores.shape[:3])
         loss = _kl(scores, mass, allowed.expand_as(scores), distribution)

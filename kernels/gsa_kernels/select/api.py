@@ -11,51 +11,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.api import IndexFactors
+from gsa_kernels.index_score.api import BlockScores
 from gsa_kernels.selection import Selection, SelectionSpec
+from gsa_kernels.topk import comparable
 
-# What a budget rule may read about the candidate scores of each tile's anchor, each [B, H, Q].
-STATISTICS = ("count", "mean", "variance")
+from .statistics import STATISTICS, check_names
+
+__all__ = ["BudgetRule", "Chosen", "STATISTICS", "comparable", "select"]
+
+# From the statistics of each tile's anchor (see statistics.py) to budgets in keys.
 BudgetRule = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A selection and the streaming statistics it was made from (empty when none were asked)."""
+    """A selection and the statistics it was made from, each [B, H, Q] (a histogram has one more
+    dimension); 0 at a tile that a previous call has begun."""
 
     selection: Selection
     statistics: dict[str, Tensor]
 
 
-def comparable(scores: Tensor) -> Tensor:
-    """Scores as selection compares them: float32 rounded to 12 significant bits (0.02 %).
-
-    Two equal keys (a repeated token in the first layer) have equal scores only up to rounding,
-    which differs with the shape of a matrix product: unrounded, decoding one token at a time would
-    choose another of them than one pass over the sequence does.
-    """
-    bits = scores.float().contiguous().view(torch.int32)
-    return ((bits + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
-
-
 @torch.no_grad()
 def select(
-    factors: IndexFactors,
+    factors: BlockScores,
     spec: SelectionSpec,
     budget: int | BudgetRule,
     max_keys: int,
     n_queries: int,
     doc_start_BS: Tensor | None = None,
     previous: Selection | None = None,
-    statistics: bool = False,
+    statistics: tuple[str, ...] = (),
     impl: str = "auto",
 ) -> Chosen:
     """Choose the keys of queries q_start .. q_start + n_queries - 1 (q_start from the factors).
 
     budget: keys a query may attend in all (window and sinks included), or a rule that maps the
-    statistics (each [B, H, Q]) to such budgets, at most max_keys. previous: the unfinished tile of
-    the last call (`Selection.tail`), needed when q_start lies inside a tile.
-    Raises ValueError when q_start lies inside a tile and previous does not end there.
+    statistics named (each [B, H, Q]; count is always there) to such budgets, at most max_keys.
+    previous: the unfinished tile of the last call (`Selection.tail`), needed when q_start lies
+    inside a tile. Raises ValueError for an unknown statistic, and when q_start lies inside a tile
+    and previous does not end there.
     """
     from . import eager, reference
 
@@ -67,5 +62,8 @@ def select(
             )
     if impl not in ("auto", "eager", "reference"):
         raise ValueError(f"select has implementations auto, eager and reference, not {impl!r}")
+    names = check_names(statistics)
+    if callable(budget) or names:
+        names = check_names((*names, "count"))
     run = reference.select if impl == "reference" else eager.select
-    return run(factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, statistics)
+    return run(factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names)

@@ -27,12 +27,15 @@ class AttentionResult:
 
 
 def implementations(
-    device: torch.device, spec: SelectionSpec | None = None, width: int = 0
+    device: torch.device,
+    spec: SelectionSpec | None = None,
+    width: int = 0,
+    interpreted: bool = False,
 ) -> dict[str, str]:
     """Each implementation with "" if it runs here (for this granularity and head width E, where
     they are given), else the reason why not."""
     return {
-        "triton": triton_reason(device) or _no_kernel(spec, width),
+        "triton": triton_reason(device, interpreted) or _no_kernel(spec, width),
         "eager": "",
         "reference": "",
     }
@@ -60,7 +63,7 @@ def choose(
     impl: str, device: torch.device, spec: SelectionSpec | None = None, width: int = 0
 ) -> tuple[str, str]:
     """(implementation, reason) for a request; ValueError if the one named cannot run."""
-    available = implementations(device, spec, width)
+    available = implementations(device, spec, width, interpreted=impl == "triton")
     name = resolve("sparse attention", impl, device, available)
     if impl != "auto":
         return name, "asked for"
@@ -111,7 +114,11 @@ def sparse_attention(
         raise ValueError("the bias must have one entry for each slot of the selection")
     scale = width**-0.5 if scale is None else scale
     name, _ = choose(impl, q_BTHE.device, selection.spec, width)
-    if name == "triton" and q_BTHE.dtype != torch.float64:
+    if name == "triton" and q_BTHE.dtype == torch.float64:
+        if impl == "triton":
+            raise ValueError("impl=triton computes in float32 at most: float64 needs eager")
+        name = "eager"
+    if name == "triton":
         return _triton(
             q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass, deterministic
         )

@@ -30,9 +30,11 @@ def attend(
     need_lse: bool,
     need_mass: bool,
 ) -> AttentionResult:
-    out, lse, mass = _SparseAttention.apply(
-        q_BTHE, k_BSKE, v_BSKE, bias_BHQN, selection, scale, need_lse, need_mass
-    )
+    # Products are float32 by design; autocast would take them back to half precision.
+    with torch.autocast(q_BTHE.device.type, enabled=False):
+        out, lse, mass = _SparseAttention.apply(
+            q_BTHE, k_BSKE, v_BSKE, bias_BHQN, selection, scale, need_lse, need_mass
+        )
     return AttentionResult(out, lse if need_lse else None, mass if need_mass else None)
 
 

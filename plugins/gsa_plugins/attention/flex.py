@@ -77,7 +77,8 @@ class FlexSelectedAttention(SelectedAttention):
         mask = selection.to_block_mask(self.block, heads=q.shape[1])
         scale = q.shape[-1] ** -0.5
         if name == "eager":
-            out = attend_mask(q, k, v, mask, scale)
+            with torch.autocast(q.device.type, enabled=False):  # it would undo the float32
+                out = attend_mask(q, k, v, mask, scale)
         else:
             out = attend_compiled(q, k, v, mask, scale)
         return AttentionOutput(out.transpose(1, 2))

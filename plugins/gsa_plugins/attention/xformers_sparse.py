@@ -72,7 +72,8 @@ class XformersSparseAttention(SelectedAttention):
     ) -> AttentionOutput:
         if selection is None:
             return AttentionOutput(dense_attention(q_BTHE, k_BSKE, v_BSKE, seq))
-        out, mass = block_sparse_attention(q_BTHE, k_BSKE, v_BSKE, selection, bias)
+        with torch.autocast(q_BTHE.device.type, enabled=False):  # it would undo the float32
+            out, mass = block_sparse_attention(q_BTHE, k_BSKE, v_BSKE, selection, bias)
         return AttentionOutput(out, mass if need_mass else None)
 
 

@@ -1,16 +1,16 @@
-"""Objectives: how the indexer learns, since a hard top-k passes it no gradient."""
+"""The index distribution follows the attention: a KL loss on detached inputs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, log_score_bias, selected_kl
+from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, selected_kl
 from gsa_kernels.selection import tile_layout
 from gsa_platform.contracts import LayerDims, Objective, Sequence
 
-from .configs import BiasObjectiveConfig, KlObjectiveConfig
-from .dense import spread
+from ..configs import KlObjectiveConfig
+from ..dense import spread
 
 
 class KlObjective(Objective):
@@ -69,16 +69,3 @@ class KlObjective(Objective):
             part = selected_kl(factors, selection, mass, self.distribution)
             total = part if total is None else total + part
         return None if total is None else self.weight * total
-
-
-class BiasObjective(Objective):
-    """beta * log(score) on the attention logits of selected keys: the language-model loss
-    reaches the indexer, and through it the layers below unless `detach` is set."""
-
-    def __init__(self, config: BiasObjectiveConfig, dims: LayerDims) -> None:
-        super().__init__()
-        self.beta, self.detach_indexer = config.beta, config.detach
-
-    @torch.compiler.disable
-    def bias(self, factors: Any, selection: Any, previous: Tensor | None) -> Tensor | None:
-        return log_score_bias(factors, selection, self.beta, previous)
