@@ -88,7 +88,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         kind = "other"
-        for key in ("embedding", "head", "indexer", "gate.", "ffn", "attention"):
+        for key in ("embedding", "indexer", "sparsity", "gate.", "head", "ffn", "attention"):
             if key in name:
                 kind = key.rstrip(".")
                 break
@@ -125,12 +125,16 @@ def render(
     memory: Any,
     model: Any,
 ) -> str:
-    gb = 1e9
 
     def mega(forward: int) -> str:
         return f"{3 * forward / 1e6:,.1f} M"
 
     parts = ", ".join(f"{k} {v:,}" for k, v in result["parameters_by_part"].items())
+    step = sparse.training * step_tokens(cfg)
+    flops = f"{step / 1e12:,.2f} T" if step >= 1e11 else f"{step / 1e9:,.2f} G"
+    size, unit = (1e9, "GB") if memory.total >= 1e8 else (1e6, "MB")
+    names = ("parameters", "gradients", "optimizer", "activations", "loss")
+    shares = ", ".join(f"{name} {getattr(memory, name) / size:.2f}" for name in names)
     lines = [
         f"model        {cfg.model.name}, context {cfg.context:,}",
         *(f"             {line}" for line in describe(cfg, model)),
@@ -139,12 +143,8 @@ def render(
         f"(attention {mega(sparse.attention)}, indexer {mega(sparse.indexer)})",
         f"  if dense   {dense.training / 1e6:,.1f} M "
         f"(attention {mega(dense.attention)}): {dense.training / sparse.training:.2f} x",
-        f"FLOPs/step   {sparse.training * step_tokens(cfg) / 1e12:,.2f} T for "
-        f"{step_tokens(cfg):,} tokens",
-        f"memory       {memory.total / gb:.2f} GB estimated per device: parameters "
-        f"{memory.parameters / gb:.2f}, gradients {memory.gradients / gb:.2f}, optimizer "
-        f"{memory.optimizer / gb:.2f}, activations {memory.activations / gb:.2f}, "
-        f"loss {memory.loss / gb:.2f}",
+        f"FLOPs/step   {flops} for {step_tokens(cfg):,} tokens",
+        f"memory       {memory.total / size:.2f} {unit} estimated per device: {shares}",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint file that a user names."""
+"""The checkpoint that a run writes, and reading one that a user names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes last.ckpt every few steps, at the end, and when an exception or Ctrl-C ends the run.
+
+    Keeps no state of its own in it: Lightning would warn whenever a resumed run has other
+    settings, and take the file that was resumed from for one of its own, to be deleted.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="last",
+            every_n_train_steps=every,
+            save_top_k=1,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
@@ -26,11 +51,15 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     return saved
 
 
-def check_checkpoint(model: Transformer, path: Path) -> None:
-    """Raise UserError if a checkpoint file holds the weights of another model."""
+def check_checkpoint(model: Transformer, path: Path) -> int | None:
+    """The optimizer step at which a checkpoint was written, None if it does not say.
+
+    Raises UserError if it holds the weights of another model.
+    """
     if path.is_dir():
-        return  # sharded
-    saved = read_checkpoint(path, "train.resume")["state_dict"]
+        return None  # sharded
+    content = read_checkpoint(path, "train.resume")
+    saved = content["state_dict"]
     own = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     for name in sorted(saved.keys() | own.keys()):
         old, new = (tuple(w[name].shape) if name in w else "absent" for w in (saved, own))
@@ -40,3 +69,5 @@ def check_checkpoint(model: Transformer, path: Path) -> None:
                 "Type the model and component settings of its config.yaml, or leave out "
                 "train.resume."
             )
+    step = content.get("global_step")
+    return None if step is None else int(step)

@@ -80,7 +80,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps; 0 = only at the end
     ce_chunk: int = 4096  # tokens per chunk of the loss
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = False  # torch.compile each block for training; validation runs without
     resume: str | None = None  # checkpoint path, or auto
     dense_cost: bool = False  # also measure a dense step, for the summary
     deterministic: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -25,24 +24,20 @@ CONFIG_KEY = "gsa_platform"  # where a checkpoint keeps the plain configuration 
 class LanguageModel(L.LightningModule):
     """Next-token prediction with the indexer's objective beside it."""
 
-    run_model: Callable[..., ModelOutput]
-
     def __init__(self, cfg: Any, vocab_size: int, registry: Registry) -> None:
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
         self.model = Transformer(cfg, vocab_size, registry)
         self.freeze_untrained()
-        # The inner model, not this module: `self.log` inside a compiled module breaks.
-        # A plain attribute keeps checkpoints free of the compiler's prefix.
-        run = torch.compile(self.model) if cfg.train.compile else self.model
-        object.__setattr__(self, "run_model", run)
+        if cfg.train.compile:
+            self.model.compile_blocks()
         self.val_nll = TokenNLL()
         self.observer = AttentionObserver(cfg.model.n_layers, cfg.context)
         self.val_history: list[dict[str, float]] = []
         self.loss_history: list[float] = []
         self.step_seconds: list[float] = []
         self._statistics: list[list[dict[str, Tensor]]] = []
-        self._step_loss: list[Tensor] = []
+        self._figures: list[dict[str, Tensor]] = []
         self._last_step_end: float | None = None
         self.first_token_layers: list[float] | None = None
 
@@ -58,7 +53,7 @@ class LanguageModel(L.LightningModule):
     ) -> tuple[Tensor, Tensor, ModelOutput]:
         """(summed NLL, scored tokens, model output) of a batch."""
         docs = None if self.cfg.data.cross_document else batch["doc_start_BT"]
-        out = self.run_model(batch["tokens_BT"], docs, int(self.global_step), None, probe)
+        out = self.model(batch["tokens_BT"], docs, int(self.global_step), None, probe)
         nll, n = chunked_cross_entropy(
             out.hidden_BTD.flatten(0, 1),
             self.model.head_weight_VD,
@@ -91,25 +86,8 @@ class LanguageModel(L.LightningModule):
                         if p.requires_grad:
                             total = total + 0.0 * p.flatten()[0]
         self._statistics.append([r.statistics for r in out.reports])
-        self._log_step(loss.detach() / world if world > 1 else loss.detach(), out)
+        self._figures.append(_figures(loss.detach(), out))
         return total
-
-    def _log_step(self, loss: Tensor, out: ModelOutput) -> None:
-        """Logged means are over micro-batches and ranks, except the loss, which ranks add up."""
-        self._step_loss.append(loss)
-        for name in ("index_loss", "budget_loss"):
-            losses = [getattr(r, name) for r in out.reports if getattr(r, name) is not None]
-            if losses:
-                value = torch.stack([x.detach() for x in losses]).mean()
-                self.log(f"train/{name}", value, sync_dist=True)
-        keys = [r.keys for r in out.reports if r.keys]
-        if keys:
-            self.log("attention/keys_mean", torch.stack([k["mean"] for k in keys]).mean())
-            self.log("attention/keys_max", torch.stack([k["max"] for k in keys]).max())
-        for gate in ("value_mean", "output_mean", "value_low", "output_low"):
-            values = [r.gates[gate] for r in out.reports if gate in r.gates]
-            if values:
-                self.log(f"gate/{gate}", torch.stack(values).mean())
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """After an optimizer step: running values of the controllers, and throughput."""
@@ -132,18 +110,19 @@ class LanguageModel(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_args: Any, **_kwargs: Any) -> None:
         """Runs once per optimizer step, before it: clip, and log the step's figures."""
         clip = self.cfg.optim.clip
-        loss = torch.stack(self._step_loss).mean()
-        self._step_loss = []
-        if self.trainer.world_size > 1:
-            dist.all_reduce(loss)
-        self.loss_history.append(float(loss))
-        self.log("train/loss", loss, prog_bar=True)
+        figures = _over_step(self._figures, self.trainer.world_size)
+        self._figures = []
+        self.loss_history.append(float(figures["train/loss"]))
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name == "train/loss")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), clip if clip else float("inf"))
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
-        nll, n, out = self.losses(batch, probe=True)
+        # Compiling the model a second time, for validation, costs more than a few batches save.
+        with torch.compiler.set_stance("force_eager"):
+            nll, n, out = self.losses(batch, probe=True)
         self.val_nll.update(nll, n)
         position = torch.arange(batch["tokens_BT"].shape[1], device=nll.device)
         start = 0 if self.cfg.data.cross_document else batch["doc_start_BT"]
@@ -155,8 +134,10 @@ class LanguageModel(L.LightningModule):
         values = {"loss": float(self.val_nll.compute())}
         values["perplexity"] = float(self.val_nll.perplexity())
         values |= self.observer.compute()
-        self.log_dict({f"val/{k}": v for k, v in values.items()})
-        self.val_history.append({"step": float(self.global_step), **values})
+        step = float(self.global_step)
+        # "step" is where Lightning logs; its own count is one short inside fit.
+        self.log_dict({"step": step} | {f"val/{k}": v for k, v in values.items()})
+        self.val_history.append({"step": step, **values})
         self.first_token_layers = self.observer.layers_first_token()
         self.val_nll.reset()
         self.observer.reset()
@@ -174,6 +155,42 @@ class LanguageModel(L.LightningModule):
         # Plain containers only: checkpoints must load with weights_only=True.
         plain = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint[CONFIG_KEY] = {"config": plain, "vocab_size": self.vocab_size}
+
+
+GATE_FIGURES = ("value_mean", "output_mean", "value_low", "output_low")
+KEYS_MAX = "attention/keys_max"
+
+
+def _figures(loss: Tensor, out: ModelOutput) -> dict[str, Tensor]:
+    """What is logged of one micro-batch."""
+    figures = {"train/loss": loss}
+    for name in ("index_loss", "budget_loss"):
+        losses = [getattr(r, name) for r in out.reports if getattr(r, name) is not None]
+        if losses:
+            figures[f"train/{name}"] = torch.stack([x.detach() for x in losses]).mean()
+    keys = [r.keys for r in out.reports if r.keys]
+    if keys:
+        figures["attention/keys_mean"] = torch.stack([k["mean"] for k in keys]).mean()
+        figures[KEYS_MAX] = torch.stack([k["max"] for k in keys]).max()
+    for gate in GATE_FIGURES:
+        values = [r.gates[gate] for r in out.reports if gate in r.gates]
+        if values:
+            figures[f"gate/{gate}"] = torch.stack(values).mean()
+    return figures
+
+
+def _over_step(micro: list[dict[str, Tensor]], world: int) -> dict[str, Tensor]:
+    """Means over the micro-batches of a step and the ranks; of keys_max the maximum."""
+    means = {n: torch.stack([m[n] for m in micro]).mean() for n in micro[0] if n != KEYS_MAX}
+    if world > 1:
+        summed = torch.stack([value.float() for value in means.values()])
+        dist.all_reduce(summed)
+        means = dict(zip(means, (summed / world).unbind()))
+    if KEYS_MAX in micro[0]:
+        means[KEYS_MAX] = torch.stack([m[KEYS_MAX] for m in micro]).max()
+        if world > 1:
+            dist.all_reduce(means[KEYS_MAX], dist.ReduceOp.MAX)
+    return means
 
 
 def _mean_statistics(micro: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:

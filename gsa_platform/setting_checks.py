@@ -143,7 +143,7 @@ def _files(cfg: Any) -> Problems:
                     "Type \"data.paths=['corpus/*.txt']\", for example."
                 )
     if data.name == "hf" and not data.path:
-        yield "data=hf needs the name of a data set. Type data.path=NAME."
+        yield "data=hf needs a data set. Type data.path=FOLDER, or its name on the Hub."
     resume = cfg.train.resume
     if resume not in (None, "", "auto") and not _path(resume).exists():
         yield (

@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 
 from gsa_platform import registry
 from gsa_platform.callbacks import build_callbacks
-from gsa_platform.checkpoint import check_checkpoint
+from gsa_platform.checkpoint import LastCheckpoint, check_checkpoint
 from gsa_platform.data.build import build_data
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
-from gsa_platform.diagnostics.device import device_name, peak_memory_gb
+from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
 from gsa_platform.module import LanguageModel
 from gsa_platform.preflight import describe_attention
 from gsa_platform.progress import progress_callback, say
@@ -42,18 +42,25 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     began = time.perf_counter()  # whether the text was tokenised before says nothing of the run
     plugins = registry.get(cfg.get("plugins_path"))
     module = LanguageModel(cfg, data.vocab_size, plugins)
+    resumed_at = None
     if cfg.train.resume is not None:
-        check_checkpoint(module.model, Path(cfg.train.resume))
+        resumed_at = check_checkpoint(module.model, Path(cfg.train.resume))
     trainer = build_trainer(cfg)
     chosen = describe_attention(module.model, cfg, trainer.strategy.root_device.type)
+    if cfg.train.compile:
+        check_compiler(trainer.strategy.root_device)
     if trainer.is_global_zero:
         for line in opening_lines(cfg, data, module, trainer, chosen):
             say(line)
+        if cfg.train.resume:
+            say(resume_line(cfg, resumed_at))
     resuming = cfg.train.resume is not None
     if not resuming:
         trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=cfg.train.resume, weights_only=True)
-    trainer.validate(module, data, verbose=False)
+    validated = module.val_history[-1]["step"] if module.val_history else None
+    if validated != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
     device = trainer.strategy.root_device
     peak = peak_memory_gb(device)
     cost = {}
@@ -79,14 +86,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     strategy = t.strategy
     if strategy == "auto" and (t.devices > 1 or t.num_nodes > 1):
         strategy = "ddp"
-    checkpoints = L.pytorch.callbacks.ModelCheckpoint(
-        dirpath=Path(cfg.run_dir) / "checkpoints",
-        filename="last",
-        every_n_train_steps=n.checkpoint_every or n.steps,
-        save_top_k=1,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
+    checkpoints = LastCheckpoint(Path(cfg.run_dir) / "checkpoints", n.checkpoint_every or n.steps)
     callbacks: list[L.Callback] = [checkpoints, *build_callbacks(cfg)]
     bar = t.progress_bar
     if bar:
@@ -136,6 +136,14 @@ def opening_lines(
         f"device  {trainer.world_size} x {device_name(device)}, precision {cfg.trainer.precision}",
     ]
     return lines
+
+
+def resume_line(cfg: DictConfig, step: int | None) -> str:
+    """Where a resumed run goes on; step: None where it is unknown."""
+    if step is None:
+        return f"resume  {cfg.train.resume}"
+    rest = "" if step < cfg.train.steps else ": nothing left to train, type a larger train.steps"
+    return f"resume  {cfg.train.resume}, at step {step} of {cfg.train.steps}{rest}"
 
 
 def quiet_lightning() -> None:

@@ -1,10 +1,9 @@
-"""Sources of text documents: the Python standard library, user files, Hugging Face datasets."""
+"""Sources of text documents: the Python standard library and user files; choice by name."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -210,52 +209,6 @@ def _expand(pattern: str) -> list[Path]:
     return [Path(match).resolve() for match in matches if os.path.isfile(match)]
 
 
-class HuggingFaceSource:
-    """A column of one split of a Hugging Face dataset, one document per row.
-
-    Raises UserError if the optional package `datasets` is missing, the dataset cannot be loaded,
-    or the column does not exist.
-    """
-
-    name = "hf"
-
-    def __init__(
-        self, path: str, config_name: str | None, split: str, column: str, max_bytes: int = 0
-    ) -> None:
-        try:
-            datasets = importlib.import_module("datasets")
-        except ImportError as error:
-            raise UserError(
-                "data.name=hf needs the package datasets: pip install datasets"
-            ) from error
-        try:
-            self._rows: Any = datasets.load_dataset(path, config_name, split=split)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"data.path={path} (data.config_name={config_name}, data.split={split}):"
-                f" the dataset cannot be loaded: {error}"
-            ) from error
-        columns = list(self._rows.column_names)
-        if column not in columns:
-            raise UserError(f"data.column={column!r} is not in {path}; columns: {columns}")
-        self._column, self._max_bytes = column, max_bytes
-        self._identity = [path, config_name, split, column, max_bytes, self._rows._fingerprint]
-
-    def fingerprint(self) -> str:
-        return digest([self.name, *self._identity])
-
-    def size(self) -> int | None:
-        return self._max_bytes or None
-
-    def __iter__(self) -> Iterator[Document]:
-        rows = self._rows.select_columns([self._column])
-        documents = (
-            Document(str(index), [row[self._column]] if row[self._column] else [])
-            for index, row in enumerate(rows)
-        )
-        return limited(documents, self._max_bytes)
-
-
 def build_source(data: Any) -> Source:
     """The source that the `data` node of the configuration names."""
     max_bytes = int(data.get("max_bytes") or 0)
@@ -264,9 +217,12 @@ def build_source(data: Any) -> Source:
     if data.name == "text":
         return text_source(data.get("paths") or (), max_bytes)
     if data.name == "hf":
+        # Here, because hf.py needs this file.
+        from gsa_platform.data.hf import LOCAL, HuggingFaceSource
+
         path, column = data.get("path"), data.get("column") or "text"
         if not path:
-            raise UserError("data.name=hf needs data.path=<dataset name or folder>.")
+            raise UserError(f"data.name=hf needs data.path: {LOCAL}, or a name on the Hub.")
         split = data.get("split") or "train"
         return HuggingFaceSource(path, data.get("config_name"), split, column, max_bytes)
     raise UserError(f"data.name={data.name!r} is unknown; choices: stdlib, text, hf")

@@ -6,6 +6,7 @@ The model is rebuilt from the configuration inside the checkpoint; overrides cha
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gsa_platform import registry
 from gsa_platform.atomic import write_json
 from gsa_platform.components import SLOTS
-from gsa_platform.config import root
+from gsa_platform.config import DataConfig, root
 from gsa_platform.errors import UserError
 from gsa_platform.eval.task import EvalRun
 from gsa_platform.explain import parse, refusal
@@ -92,6 +93,9 @@ def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
     cannot take."""
     cfg: Any = typed_config(saved)
     for text in overrides:
+        if text.startswith("data="):
+            cfg.data = other_data(cfg, text.partition("=")[2])
+            continue
         override = parse(text)
         key = str(override.key_or_group)
         if key.partition(".")[0] in FIXED:
@@ -104,6 +108,15 @@ def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
         OmegaConf.update(cfg, key, override.value(), merge=True)
     cfg.train.compile, cfg.train.resume = False, None
     return cfg
+
+
+def other_data(cfg: Any, name: str) -> DictConfig:
+    """The settings of another data module, with what every module has taken over."""
+    node = OmegaConf.structured(registry.get().component("data", name).config)
+    for key in {f.name for f in fields(DataConfig)} - {"name"}:
+        node[key] = cfg.data[key]
+    assert isinstance(node, DictConfig)
+    return node
 
 
 def typed_config(saved: dict[str, Any]) -> DictConfig:

@@ -30,8 +30,7 @@ class Perplexity(EvalTask):
                 )
             nll, scored = nll.view_as(targets).cpu(), (targets != -100).cpu()
             total.update(nll[scored].double().sum(), scored.sum())
-            where = torch.arange(tokens.shape[1]).expand_as(nll)
-            positions.update(nll, where, scored)
+            positions.update(nll, torch.arange(tokens.shape[1]), scored)
         if not int(total.n_tokens):
             raise UserError("there is no validation text: set data.val_fraction above 0")
         loss = float(total.compute())

@@ -93,6 +93,12 @@ class AttentionLayer(nn.Module):
                     "another indexer."
                 )
 
+    def warming_up(self, seq: Sequence) -> bool:
+        """Whether this step attends densely while the indexer warms up."""
+        return (
+            self.indexer is not None and self.objective is not None and self.objective.dense(seq)
+        )
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -100,7 +106,9 @@ class AttentionLayer(nn.Module):
         seq: Sequence,
         cache: LayerCache | None = None,
         probe: bool = False,
+        warm_up: bool = False,
     ) -> tuple[Tensor, LayerReport]:
+        """warm_up: attend to every key, as `warming_up` says of this step."""
         q, k, v = self._qkv(x_BTD, rotary)
         report = LayerReport()
         gates = self.gate(x_BTD) if self.gate is not None else None
@@ -114,7 +122,7 @@ class AttentionLayer(nn.Module):
             out = self.attention(q, k, v, None, seq).out_BTHE
             selection = None
         else:
-            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report)
+            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report, warm_up)
         if probe:
             report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
             report.keys_BHT = None if selection is None else selection.attended_BHT()
@@ -133,7 +141,9 @@ class AttentionLayer(nn.Module):
         k = self.k_proj(x_BTD).unflatten(-1, width)
         v = self.v_proj(x_BTD).unflatten(-1, width)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            # In the weight's precision: a mixture of both has no fused kernel.
+            high = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(high)).to(v.dtype), self.k_norm(k.to(high)).to(v.dtype)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def _select_and_attend(
@@ -145,6 +155,7 @@ class AttentionLayer(nn.Module):
         seq: Sequence,
         cache: LayerCache | None,
         report: LayerReport,
+        warm_up: bool,
     ) -> tuple[Tensor, Any]:
         assert self.indexer is not None and self.sparsity is not None
         objective = self.objective
@@ -158,7 +169,7 @@ class AttentionLayer(nn.Module):
         if cache is not None:
             cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
             factors = factors.with_keys(cache.index_k_BSI)
-        if objective is not None and objective.dense(seq):
+        if warm_up and objective is not None:
             out = self.attention(q, k, v, None, seq).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)
             return out, None

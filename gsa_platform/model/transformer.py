@@ -54,8 +54,11 @@ class Block(nn.Module):
         seq: Sequence,
         cache: LayerCache | None = None,
         probe: bool = False,
+        warm_up: bool = False,
     ) -> tuple[Tensor, LayerReport]:
-        out, report = self.attention(self.attention_norm(x_BTD), rotary, seq, cache, probe)
+        out, report = self.attention(
+            self.attention_norm(x_BTD), rotary, seq, cache, probe, warm_up
+        )
         x_BTD = x_BTD + out
         return x_BTD + self.ffn(self.ffn_norm(x_BTD)), report
 
@@ -149,12 +152,24 @@ class Transformer(nn.Module):
         reports = []
         for i, block in enumerate(self.blocks):
             held = None if cache is None else cache[i]
+            # Decided here: a compiled block that read the step would be compiled at every step.
+            rest = (rotary, seq, held, probe, block.attention.warming_up(seq))
             if self.activation_checkpointing and self.training and held is None:
-                x, report = checkpoint(block, x, rotary, seq, None, probe, use_reentrant=False)
+                x, report = checkpoint(block, x, *rest, use_reentrant=False)
             else:
-                x, report = block(x, rotary, seq, held, probe)
+                x, report = block(x, *rest)
             reports.append(report)
         return ModelOutput(self.norm(x), reports)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block by itself, in place: equal layers share the compiled code, and
+        parameters keep their names. options go to torch.compile."""
+        # Entries of the compiler's cache that fit two kinds of layers, tried in the order of last
+        # use, would give a block one graph in the forward pass and another when activation
+        # checkpointing recomputes it (pytorch issue 166926).
+        torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
+        for block in self.blocks:
+            block.compile(**options)
 
     def new_cache(self) -> list[LayerCache]:
         """An empty cache; raises UserError if a component declares that it cannot decode."""
@@ -179,7 +194,10 @@ class Transformer(nn.Module):
             attention = block.attention.attention
             line = attention.describe(device_type) or type(attention).__name__
             lines.setdefault(line, []).append(i)
-        return [f"layers {_ranges(layers)}: {line}" for line, layers in lines.items()]
+        return [
+            f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}: {line}"
+            for line, layers in lines.items()
+        ]
 
 
 def ffn_width(d_model: int, ffn_dim: int) -> int:

@@ -37,9 +37,10 @@ def triton_reason(device: torch.device, interpreted: bool = False) -> str:
 @torch.compiler.assume_constant_result
 def _triton_reason(device_type: str, interpreted: bool) -> str:
     # Looks at files and the environment, which a compiled graph cannot.
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    # The device first: on a CPU, installing the package would change nothing.
     interpreted = interpreted and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         return f"Triton kernels need a CUDA device, not {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     return ""

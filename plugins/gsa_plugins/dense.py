@@ -25,7 +25,7 @@ def dense_attention(
 
     Raises ValueError for a backend (attention.sdpa.BACKENDS) that cannot run on the inputs.
     """
-    batch, queries = q_BTHE.shape[:2]
+    queries = q_BTHE.shape[1]
     keys = seq.q_start + queries
     if keys < k_BSKE.shape[1]:
         k_BSKE, v_BSKE = k_BSKE[:, :keys], v_BSKE[:, :keys]
@@ -35,11 +35,17 @@ def dense_attention(
         return fa3.attend(q_BTHE, k_BSKE, v_BSKE, seq)
     if seq.doc_start_BS is None and queries in (1, keys):
         return sdpa.attend(q_BTHE, k_BSKE, v_BSKE, backend)
-    if backend in ("auto", "flash") and varlen.usable(q_BTHE):
-        out = varlen.attend(pack(q_BTHE, k_BSKE, v_BSKE, seq))
-        return out.unflatten(0, (batch, queries))
-    if seq.doc_start_BS is None:
+    if seq.doc_start_BS is None and not (backend in ("auto", "flash") and varlen.usable(q_BTHE)):
         return sdpa.attend(q_BTHE, k_BSKE, v_BSKE, backend)
+    return _packed(q_BTHE, k_BSKE, v_BSKE, seq, backend)
+
+
+# The lengths of documents differ in every batch: compiled, they would be new shapes each time.
+@torch.compiler.disable
+def _packed(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, seq: Sequence, backend: str) -> Tensor:
     packed = pack(q_BTHE, k_BSKE, v_BSKE, seq)
-    out = packed.each(lambda q, k, v: sdpa.attend(q, k, v, backend))
-    return out.unflatten(0, (batch, queries))
+    if backend in ("auto", "flash") and varlen.usable(q_BTHE):
+        out = varlen.attend(packed)
+    else:
+        out = packed.each(lambda q, k, v: sdpa.attend(q, k, v, backend))
+    return out.unflatten(0, q_BTHE.shape[:2])

@@ -17,6 +17,8 @@ import torch
 from omegaconf import OmegaConf
 
 from gsa_platform import compose
+from gsa_platform.checkpoint import LastCheckpoint
+from gsa_platform.eval.perplexity import evaluate
 from gsa_platform.launch import launch
 from gsa_platform.tracking import open_database
 from gsa_platform.validate import validate
@@ -62,9 +64,13 @@ def mlflow_runs(folder: Path, name: str = "smoke") -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name(name).experiment_id]))
 
 
-def losses(run: Path) -> list[float]:
+def logged(run: Path, name: str) -> list[float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line[name] for line in lines if name in line]
+
+
+def losses(run: Path) -> list[float]:
+    return logged(run, "train/loss")
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +111,6 @@ def test_checkpoint_is_plain(smoke: tuple[Path, str]) -> None:
     assert config["model"]["d_model"] == OmegaConf.load(run / "config.yaml").model.d_model
 
 
-def test_two_devices_learn_as_one_with_their_batches(gsa: Gsa, tmp_path: Path) -> None:
-    curves = []
-    for devices, batch in ((1, 2), (2, 1)):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        settings = (f"trainer.devices={devices}", f"train.batch_size={batch}")
-        train(gsa, folder, "trainer.accelerator=cpu", *settings)
-        (run,) = run_folders(folder)
-        assert [r.info.status for r in mlflow_runs(folder)] == ["FINISHED"]
-        curves.append(losses(run))
-    assert len(curves[0]) == 3 and curves[1] == pytest.approx(curves[0], rel=1e-4)
-
-
 def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None:
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     straight.mkdir()
@@ -125,11 +118,44 @@ def test_resume_ends_where_a_straight_run_does(gsa: Gsa, tmp_path: Path) -> None
     train(gsa, straight, "optim.schedule=constant", "train.steps=4")
     train(gsa, halves, "optim.schedule=constant", "train.steps=2")
     (first,) = mlflow_runs(halves)
-    train(gsa, halves, "optim.schedule=constant", "train.steps=4", "train.resume=auto")
+    done = gsa(halves, *SMALL, "optim.schedule=constant", "train.steps=4", "train.resume=auto")
+    assert done.returncode == 0 and "last.ckpt, at step 2 of 4\n" in done.stdout
+    assert "Be aware" not in done.stderr
     (again,) = mlflow_runs(halves)
     assert again.info.run_id == first.info.run_id and again.info.status == "FINISHED"
     (one,), (two,) = run_folders(straight), run_folders(halves)
     assert len(losses(two)) == 4 and losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_checkpoint_keeps_nothing_of_its_callback(smoke: tuple[Path, str]) -> None:
+    (run,) = run_folders(smoke[0])
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [key for key in saved["callbacks"] if LastCheckpoint.__name__ in key]
+
+
+def test_two_devices_accumulate_and_resume_as_one_straight_run(gsa: Gsa, tmp_path: Path) -> None:
+    common = ("trainer.accelerator=cpu", "optim.schedule=constant", "train.accumulate=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    train(gsa, one, *common, "train.batch_size=2", "train.steps=4")
+    train(gsa, two, *common, "trainer.devices=2", "train.steps=2")
+    train(gsa, two, *common, "trainer.devices=2", "train.steps=4", "train.resume=auto")
+    (alone,), (together,) = run_folders(one), run_folders(two)
+    assert [r.info.status for r in mlflow_runs(two)] == ["FINISHED"]
+    for name in ("train/loss", "train/index_loss", "train/grad_norm", "gate/value_mean"):
+        expected = logged(alone, name)
+        assert len(expected) == 4
+        assert logged(together, name) == pytest.approx(expected, rel=1e-3), name
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    for name in ("attention/keys_mean", "attention/keys_max"):
+        assert logged(together, name) == logged(alone, name)
+    weights = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (alone, together)
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_sweep(gsa: Gsa, tmp_path: Path) -> None:
@@ -179,6 +205,57 @@ def test_variants_train(
     if overrides == ("attention=dense", "gate=none"):
         slots = "attention=dense indexer=none sparsity=none gate=none objective=none"
         assert slots in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("steps", "validated"), [(5, [0, 2, 4, 5]), (4, [0, 2, 4])])
+def test_validation_during_training(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    validated: list[int],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    accumulated = (f"train.steps={steps}", "train.val_every=2", "train.accumulate=2")
+    cfg = compose.load([*SMALL, "tracking=none", *accumulated])
+    validate(cfg)
+    launch(cfg)
+    (run,) = run_folders(tmp_path)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == validated
+
+
+def test_a_local_hugging_face_data_set_trains(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf-cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    rows = [{"body": f"document {i}: " + "some words " * 60} for i in range(30)]
+    (tmp_path / "corpus").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "corpus" / "train.jsonl").write_text(lines)
+    data = ("data=hf", "data.path=corpus", "data.column=body")
+    cfg = compose.load([*SMALL, "train.steps=2", "tracking=none", *data])
+    validate(cfg)
+    assert launch(cfg)["status"] == "FINISHED"
+    assert "hf: 30 documents" in capfd.readouterr().out
+
+
+def test_eval_on_other_text_and_context(
+    smoke: tuple[Path, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GSA_CACHE", str(cache))
+    (run,) = run_folders(smoke[0])
+    (tmp_path / "a.txt").write_text("some words " * 500)
+    settings = ["context=256", "sparsity.k=128", "train.val_batches=3"]
+    result = evaluate(
+        [f"checkpoint={run}", "data=text", f"data.paths=[{tmp_path}/*.txt]", *settings]
+    )
+    assert result["context"] == 256 and result["tokens"] == 256
+    assert [row["from"] for row in result["by_position"]] == [0, 2, 4, 8, 16, 32, 64, 128]
 
 
 # overrides, parameters, least factor that dense training costs more

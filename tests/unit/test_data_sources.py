@@ -1,7 +1,5 @@
 """Sources: which documents they yield, and what they say when the input is wrong."""
 
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -99,27 +97,6 @@ def test_max_bytes_cuts_at_a_character() -> None:
     found = {d.name: "".join(d.chunks) for d in limited(documents, 7)}
     assert found == {"0": "aébc", "1": "a"}
     assert len(list(limited(documents, 0))) == 3
-
-
-class FakeRows:
-    column_names = ("body", "url")
-    _fingerprint = "f1"
-
-    def select_columns(self, columns):
-        return [{"body": "first"}, {"body": None}, {"body": "third"}]
-
-
-def test_hf_reads_a_column_and_explains_what_is_missing(monkeypatch) -> None:
-    node = OmegaConf.create({"name": "hf", "path": "some/set", "column": "body"})
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        build_source(node)
-    fake = types.SimpleNamespace(load_dataset=lambda path, config, split: FakeRows())
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert contents(build_source(node)) == {"0": "first", "1": "", "2": "third"}
-    node.column = "text"
-    with pytest.raises(UserError, match="'body', 'url'"):
-        build_source(node)
 
 
 def test_unknown_source_names_the_choices() -> None:

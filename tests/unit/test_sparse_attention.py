@@ -203,9 +203,8 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     selection = make_selection(63, (4, 16))
     q, k, v, _ = inputs(selection)
-    with pytest.raises(
-        ValueError, match=r"impl=triton cannot run: .*[Tt]riton.*usable here: eager"
-    ):
+    text = r"impl=triton cannot run: .*[Tt]riton.*usable here: eager"
+    with pytest.raises(ValueError, match=text):
         sparse_attention(q, k, v, selection, impl="triton")
     with pytest.raises(ValueError, match="'nonsense' is not one of auto, eager, reference"):
         sparse_attention(q, k, v, selection, impl="nonsense")

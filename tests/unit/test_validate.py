@@ -75,7 +75,7 @@ def test_good_configurations_pass(overrides):
         ("model.layer_pattern=['dense:3']", ["3 layers", "model.n_layers=3"]),
         ("data.tokenizer=absent.json", ["absent.json", "data.tokenizer=bytes"]),
         ("data=text", ["data.paths="]),
-        ("data=hf", ["data.path=NAME"]),
+        ("data=hf", ["data.path=FOLDER"]),
         ("train.resume=absent.ckpt", ["absent.ckpt", "train.resume=auto"]),
     ],
 )

@@ -62,6 +62,11 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, _dmass):  # type: ignore[no-untyped-def]
+        with torch.autocast(dout.device.type, enabled=False):
+            return _SparseAttention.gradients(ctx, dout, dlse)
+
+    @staticmethod
+    def gradients(ctx, dout, dlse):  # type: ignore[no-untyped-def]
         q, k, v, bias = ctx.saved_tensors
         work = _Workspace(q, k, v, bias, ctx.selection, ctx.scale)
         dq = torch.empty_like(q)

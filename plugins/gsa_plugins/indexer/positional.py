@@ -1,5 +1,6 @@
 """Controls without parameters, keys or content: a random and an evenly spread choice."""
 
+import torch
 from torch import Tensor
 
 from gsa_kernels.index_score.api import RandomScores, StridedScores
@@ -21,6 +22,8 @@ class RandomIndexer(BlockIndexer):
         super().__init__()
         self.seed, self.layer = config.seed, dims.layer
 
+    # Its number would make every layer a compiled block of its own.
+    @torch.compiler.disable
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> RandomScores:
         none, queries = x_BTD.new_zeros(*x_BTD.shape[:2], 0), x_BTD.shape[1]
         return RandomScores(none, queries, spec.heads, seq.q_start, self.seed, self.layer)
