@@ -6,6 +6,7 @@ The model is rebuilt from the configuration inside the checkpoint; overrides cha
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gsa_platform import registry
 from gsa_platform.atomic import write_json
 from gsa_platform.components import SLOTS
-from gsa_platform.config import root
+from gsa_platform.config import DataConfig, root
 from gsa_platform.errors import UserError
 from gsa_platform.eval.task import EvalRun
 from gsa_platform.explain import parse, refusal
@@ -93,7 +94,7 @@ def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
     cfg: Any = typed_config(saved)
     for text in overrides:
         if text.startswith("data="):
-            cfg.data = data_node(text.partition("=")[2], cfg.data)
+            cfg.data = other_data(cfg, text.partition("=")[2])
             continue
         override = parse(text)
         key = str(override.key_or_group)
@@ -109,12 +110,12 @@ def changed(saved: dict[str, Any], overrides: list[str]) -> Any:
     return cfg
 
 
-def data_node(name: str, old: Any) -> DictConfig:
-    """Settings of another data module: those the two share stay, its own have their defaults."""
-    node: DictConfig = OmegaConf.structured(registry.get().component("data", name).config)
-    for key in node:
-        if key != "name" and key in old:
-            node[key] = old[key]
+def other_data(cfg: Any, name: str) -> DictConfig:
+    """The settings of another data module, with what every module has taken over."""
+    node = OmegaConf.structured(registry.get().component("data", name).config)
+    for key in {f.name for f in fields(DataConfig)} - {"name"}:
+        node[key] = cfg.data[key]
+    assert isinstance(node, DictConfig)
     return node
 
 

@@ -23,9 +23,11 @@ class TextDataConfig(DataConfig):
 @dataclass
 class HfDataConfig(DataConfig):
     name: str = "hf"
-    path: str | None = None  # local files or folder (also of save_to_disk), or a name on the Hub
+    # A name on the Hub; or a folder of jsonl, json, parquet, csv or txt files, one such file, or a
+    # folder written by save_to_disk.
+    path: str | None = None
     config_name: str | None = None  # subset
-    split: str = "train"  # a split, or a slice such as train[:10%]
+    split: str = "train"  # or a slice, such as train[:10%]
     column: str = "text"  # the column with the text, one document a row
 
 
