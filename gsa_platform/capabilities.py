@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gsa_platform import hardware, registry
-from gsa_platform.components import Capabilities
+from gsa_platform.components import SLOTS, Capabilities
 
 WHAT = {
     "mass": "the attention on each selected block",
@@ -35,7 +35,7 @@ def because(can: Capabilities, name: str) -> str:
 def unmet(cfg: Any) -> Iterator[str]:
     """One problem for each capability that a component needs of an attention that lacks it."""
     found = registry.get()
-    for slot in registry.SLOTS:
+    for slot in SLOTS:
         for need, setting in found.component(slot, cfg[slot].name).capabilities.requires.items():
             if setting and not cfg[slot].get(setting):
                 continue

@@ -30,7 +30,10 @@ complete -o default -F _gsa_platform gsa-platform
 """
 FLAGS = ("--cfg", "--config-dir", "--help", "--info", "--multirun", "--version", "-m")
 WORDS = {
-    ("plugins",): ("list", "show"),
+    ("plugins",): ("check", "list", "matrix", "new", "show"),
+    ("plugins", "check"): ("--slot", "--verbose"),
+    ("plugins", "matrix"): ("--json", "--slot", *(f"{slot}=" for slot in SLOTS)),
+    ("plugins", "new"): ("--folder", "--slot"),
     ("runs",): ("doctor", "list"),
     ("runs", "list"): ("output_root=",),
     ("runs", "doctor"): ("--fix", "output_root="),
@@ -61,7 +64,9 @@ def _offered(before: list[str], word: str) -> list[str]:
     if command == "help":
         return []
     if (command, *rest[:1]) in WORDS or command in ("plugins", "runs"):
-        if (command, *rest) == ("plugins", "show"):
+        if before[-1:] == ["--slot"]:
+            return list(SLOTS)
+        if (command, *rest) in (("plugins", "show"), ("plugins", "check")):
             from gsa_platform import registry
 
             found = registry.get()

@@ -147,4 +147,12 @@ def _objective(cfg: Any) -> Problems:
         )
 
 
-CHECKS = (_layer_pattern, _components, unmet, _granularity, _budget, _objective)
+def _data(cfg: Any) -> Problems:
+    found = registry.get()
+    name = cfg.data.name
+    yield from one_of("data", name, found.names("data"))
+    if name in found.names("data") and (reason := found.entry("data", name).unavailable()):
+        yield f"data={name} cannot run here: {reason}."
+
+
+CHECKS = (_data, _layer_pattern, _components, unmet, _granularity, _budget, _objective)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from gsa_platform.errors import UserError
+from gsa_platform.trial import Trial
 
 SLOTS = ("attention", "indexer", "sparsity", "gate", "objective")
 DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees every key
@@ -47,7 +48,7 @@ class Component:
     """One named choice for a slot. ``target`` is ``"package.module:Class"``, imported only when
     the component is built; ``config`` is a dataclass whose ``name`` field defaults to ``name``.
     ``details`` is ``"package.module:function"``; ``plugins show`` prints the lines it returns
-    about this machine."""
+    about this machine. ``trial`` says how the contract kit tries it (gsa_platform.testing)."""
 
     name: str
     target: str
@@ -55,6 +56,7 @@ class Component:
     summary: str = ""
     capabilities: Capabilities = Capabilities()
     details: str = ""
+    trial: Trial = field(default_factory=Trial)
 
 
 @dataclass

@@ -89,7 +89,7 @@ def resolve(overrides: Sequence[str]) -> DictConfig:
         cfg.picked = config.PickedConfig(**preset)
         if note:
             cfg.notes.append(note)
-        _resolve_slots(cfg, keys)
+        resolve_slots(cfg, keys)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         OmegaConf.to_container(cfg, resolve=True)
@@ -194,7 +194,9 @@ def _fits(cfg: DictConfig, key: str) -> bool:
     return slot not in SLOTS or not name or name.partition(".")[0] in cfg[slot]
 
 
-def _resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
+def resolve_slots(cfg: DictConfig, typed_keys: set[str]) -> None:
+    """Empty the slots that the attention has no use for, and note it; raises UserError where such
+    a slot was typed, or where a slot it cannot do without is empty."""
     found = registry.get()
     name = cfg.attention.name
     if found.component("attention", name).capabilities.modes:

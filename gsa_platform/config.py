@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
+
+from gsa_platform.components import SLOTS
 
 if TYPE_CHECKING:
     from gsa_platform.registry import Registry
@@ -41,18 +43,15 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    name: str = MISSING  # stdlib, text or hf
+    """What every data module reads; a plugin's settings of data are a subclass."""
+
+    name: str = MISSING
     tokenizer: str = "bytes"  # bytes, or the path of a tokenizers JSON file
     val_fraction: float = 0.05
     cross_document: bool = True  # attention may cross document borders inside a sequence
     cache_dir: str | None = None  # null = $GSA_CACHE or ~/.cache/gsa_platform
     max_bytes: int = 0  # of raw text; 0 = all
     workers: int = 0  # loader processes
-    paths: list[str] = field(default_factory=list)  # text: files or globs
-    path: str | None = None  # hf: a local path, or a name on the Hub
-    config_name: str | None = None  # hf: subset
-    split: str = "train"  # hf: a split, or a slice such as train[:10%]
-    column: str = "text"  # hf: the column with the text, one document a row
 
 
 @dataclass
@@ -141,6 +140,7 @@ class RootConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    callbacks: Any = field(default_factory=dict)  # name -> settings, typed by `register`
     output_root: str = "runs"
     run_dir: str | None = None  # set by the parent process
     plugins_path: str | None = None  # one-off plugin files, separated by os.pathsep
@@ -158,9 +158,18 @@ def register(registry: Registry) -> None:
     from gsa_platform.searchpath import PluginSearchPath
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=RootConfig, provider="gsa_platform")
-    for slot, entries in registry.entries.items():
-        for name, entry in entries.items():
+    store.store(name="schema", node=root(registry), provider="gsa_platform")
+    for group in (*SLOTS, "data"):
+        for name, entry in registry.entries[group].items():
             provider = f"plugin {entry.plugin.distribution}"
-            store.store(group=slot, name=name, node=entry.component.config, provider=provider)
+            store.store(group=group, name=name, node=entry.component.config, provider=provider)
     Plugins.instance().register(PluginSearchPath)
+
+
+def root(registry: Registry) -> type:
+    """RootConfig with a typed key under ``callbacks`` for every callback that is installed."""
+    settings = {n: entry.component.config for n, entry in registry.entries["callback"].items()}
+    fields = [(name, kind, field(default_factory=kind)) for name, kind in settings.items()]
+    callbacks = make_dataclass("CallbacksConfig", fields)
+    added = [("callbacks", callbacks, field(default_factory=callbacks))]
+    return make_dataclass("RootConfig", added, bases=(RootConfig,))

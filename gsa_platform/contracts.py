@@ -70,7 +70,17 @@ class AttentionOutput:
     mass: Tensor | None = None
 
 
-class Attention(nn.Module):
+class Part(nn.Module):
+    """What every component is. The host builds it as `Class(config, dims)` and reads nothing of
+    it but the methods of its slot; a subclass that needs neither may leave out its __init__."""
+
+    def __init__(self, config: Any = None, dims: Any = None) -> None:
+        """dims: a LayerDims."""
+        super().__init__()
+        self.config, self.dims = config, dims
+
+
+class Attention(Part):
     """Softmax attention, over a selection or over every key."""
 
     def forward(
@@ -113,7 +123,7 @@ class Attention(nn.Module):
         return {}
 
 
-class Indexer(nn.Module):
+class Indexer(Part):
     """Scores keys for queries. Its factors carry `k_BSI`, the index keys, which are cached, and
     `with_keys(k_BSI)`, the same queries against all keys so far.
 
@@ -141,7 +151,7 @@ class Indexer(nn.Module):
         return 0
 
 
-class Sparsity(nn.Module):
+class Sparsity(Part):
     """Turns score statistics into budgets. Budgets count keys, window and sinks included."""
 
     window: int
@@ -169,12 +179,12 @@ class Sparsity(nn.Module):
         return None
 
 
-class Gate(nn.Module):
+class Gate(Part):
     def forward(self, x_BTD: Tensor) -> GateValues:
         raise NotImplementedError
 
 
-class Objective(nn.Module):
+class Objective(Part):
     """How the indexer learns."""
 
     detach_indexer: bool = True  # the indexer reads detached inputs

@@ -21,6 +21,10 @@ Commands
   eval checkpoint=PATH   evaluate a checkpoint
   plugins list           every component, where it comes from and whether it works here
   plugins show NAME      its settings with defaults, and an example
+  plugins check NAME     the contract kit on one component, as a table
+  plugins matrix         every combination of components: works, or why it is refused
+  plugins new NAME --slot SLOT
+                         a package of your own to start from, with its tests
   runs list              every run: status, start, validation loss, folder
   runs doctor [--fix]    runs left open by a process that was killed; --fix closes them
   help                   this text

@@ -8,9 +8,10 @@ import pluggy
 
 if TYPE_CHECKING:
     from gsa_platform.components import Component
+    from gsa_platform.extensions import Extension
 
 PROJECT = "gsa_platform"
-PLUGIN_API = (1, 0)
+PLUGIN_API = (1, 1)
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -38,6 +39,22 @@ class Hooks:
     @hookspec
     def gsa_register_objective(self) -> Component | list[Component]:  # type: ignore[empty-body]
         """Return training objectives of the indexer."""
+
+    @hookspec
+    def gsa_register_data(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
+        """Return data modules: what ``data=NAME`` trains and validates on."""
+
+    @hookspec
+    def gsa_register_eval_task(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
+        """Return evaluation tasks: what ``eval task=NAME`` measures of a checkpoint."""
+
+    @hookspec
+    def gsa_register_callback(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
+        """Return callbacks of the training, turned on by ``callbacks.NAME.enabled=true``."""
+
+    @hookspec
+    def gsa_register_report_section(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
+        """Return sections of the closing summary of a run."""
 
     @hookspec
     def gsa_validate(self, config: Any) -> None:

@@ -1,4 +1,4 @@
-"""``plugins list`` and ``plugins show``: what is installed, whether it works, how to use it."""
+"""``plugins ...``: what is installed, whether it works, how to use it, and how to add to it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,55 @@ from gsa_platform import hardware, registry
 from gsa_platform.capabilities import because
 from gsa_platform.components import DEPENDENT, SLOTS, Component, Entry, Plugin
 from gsa_platform.errors import UserError, unknown
+from gsa_platform.plugin_loader import KINDS
 from gsa_platform.registry import Registry
 
 SELECTION_ONLY = ("mass", "bias")
-USAGE = "Usage: gsa-platform plugins list | gsa-platform plugins show NAME"
+USAGE = """\
+Usage: gsa-platform plugins list
+       gsa-platform plugins show NAME
+       gsa-platform plugins check NAME [--slot SLOT] [setting=value ...]
+       gsa-platform plugins matrix [--slot SLOT] [slot=NAME,NAME ...] [--json]
+       gsa-platform plugins new NAME --slot SLOT [--folder FOLDER]"""
+COMMANDS = ("list", "show", "check", "matrix", "new")
 
 
 def run(arguments: list[str]) -> int:
-    """Run ``plugins list`` or ``plugins show NAME``; raises UserError for anything else."""
-    command, *rest = arguments or ["list"]
+    """Run a ``plugins`` command and return its exit code; raises UserError for anything else."""
+    paths = [text for text in arguments if text.startswith("plugins_path=")]
+    command, *rest = [text for text in arguments if text not in paths] or ["list"]
+    if paths:
+        from gsa_platform import compose
+
+        compose.prepare(paths)
+    if command == "check":
+        from gsa_platform.testing.command import check
+
+        return check(rest)
+    if command == "matrix":
+        from gsa_platform.testing.matrix_command import matrix
+
+        return matrix(rest)
+    if command == "new":
+        from gsa_platform.scaffold import new
+
+        return new(rest)
     found = registry.get()
     if command == "list" and not rest:
         print(list_text(found))
     elif command == "show" and len(rest) == 1:
         print(show_text(found, rest[0]))
-    elif command in ("list", "show"):
+    elif command in COMMANDS:
         raise UserError(USAGE)
     else:
-        raise UserError(f"{unknown('plugins command', command, ('list', 'show'))}\n  {USAGE}")
+        raise UserError(f"{unknown('plugins command', command, COMMANDS)}\n  {USAGE}")
     return 0
 
 
 def list_text(found: Registry) -> str:
     """Return a table of components, then plugins that are off or broken, then conflicts."""
     rows = [("slot", "name", "distribution", "version", "status", "summary")]
-    for slot in SLOTS:
+    for slot in KINDS:
         for name in found.names(slot):
             entry = found.entries[slot][name]
             reason = _reason(entry)
@@ -59,13 +83,13 @@ def show_text(found: Registry, name: str) -> str:
     slot, equals, rest = name.partition("=")
     if equals:
         return _component_text(found.entry(slot, rest))
-    entries = [found.entries[s][name] for s in SLOTS if name in found.entries[s]]
+    entries = [found.entries[s][name] for s in KINDS if name in found.entries[s]]
     if entries:
         return "\n\n".join(_component_text(entry) for entry in entries)
     for plugin in found.plugins:
         if name in (plugin.name, plugin.distribution):
             return _plugin_text(found, plugin)
-    known = {n for s in SLOTS for n in found.names(s)} | {p.name for p in found.plugins}
+    known = {n for s in KINDS for n in found.names(s)} | {p.name for p in found.plugins}
     raise UserError(unknown("component or plugin", name, known) + found.broken_text(name))
 
 
@@ -75,13 +99,13 @@ def _source(plugin: Plugin) -> tuple[str, str]:
 
 def _plugin_text(found: Registry, plugin: Plugin) -> str:
     distribution, version = _source(plugin)
-    lines = [f"plugin {plugin.name}", f"  from          {distribution} {version}"]
-    lines.append(f"  status        {plugin.status}{f': {plugin.reason}' * bool(plugin.reason)}")
-    for slot in SLOTS:
+    lines = [f"plugin {plugin.name}", f"  from           {distribution} {version}"]
+    lines.append(f"  status         {plugin.status}{f': {plugin.reason}' * bool(plugin.reason)}")
+    for slot in KINDS:
         names = [n for n in found.names(slot) if found.entries[slot][n].plugin is plugin]
         if names:
-            lines.append(f"  {slot:<13} {', '.join(names)}")
-    return "\n".join([*lines, *(f"  warning       {warning}" for warning in plugin.warnings)])
+            lines.append(f"  {slot:<14} {', '.join(names)}")
+    return "\n".join([*lines, *(f"  warning        {warning}" for warning in plugin.warnings)])
 
 
 def _component_text(entry: Entry) -> str:
@@ -95,7 +119,7 @@ def _component_text(entry: Entry) -> str:
         f"  status        {f'unavailable: {reason}' if reason else 'ok'}",
         f"  target        {component.target or '(nothing is built)'}",
     ]
-    if component.target:
+    if component.target and slot in SLOTS:
         lines.append(f"  capabilities  {_capabilities(component, slot)}")
     for name, reason in component.capabilities.reasons.items():
         lines.append(f"  {name:<13} {reason}")
@@ -103,17 +127,30 @@ def _component_text(entry: Entry) -> str:
     settings = [f for f in dataclasses.fields(component.config) if f.name != "name"]
     if settings:
         comments = field_comments(component.config)
-        rows = [(f"{slot}.{f.name}={_default(f)}", comments.get(f.name, "")) for f in settings]
+        prefix = f"callbacks.{component.name}" if slot == "callback" else slot
+        rows = [(f"{prefix}.{f.name}={_default(f)}", comments.get(f.name, "")) for f in settings]
         width = max(len(row[0]) for row in rows)
         lines.append("  settings and defaults")
         lines += [f"    {text.ljust(width)}  {comment}".rstrip() for text, comment in rows]
-    example = f"gsa-platform experiment=gsa_128k {slot}={component.name}"
-    if component.name == "none" and slot in DEPENDENT:
-        example = "gsa-platform experiment=gsa_128k attention=dense"
-    if settings:
-        example += f" {slot}.{settings[0].name}={_default(settings[0])}"
-    lines.append(f"  example       {example}")
+    lines.append(f"  example       {_example(entry, settings)}")
     return "\n".join(line for line in lines if line)
+
+
+def _example(entry: Entry, settings: list[dataclasses.Field[object]]) -> str:
+    slot, name = entry.slot, entry.component.name
+    run = "gsa-platform experiment=gsa_128k"
+    if slot == "eval_task":
+        return f"gsa-platform eval checkpoint=PATH task={name}"
+    if slot == "report_section":
+        return "(in the closing summary of every run)"
+    if slot == "callback":
+        return f"{run} callbacks.{name}.enabled=true"
+    if name == "none" and slot in DEPENDENT:
+        return f"{run} attention=dense"
+    if slot == "data":
+        return f"{run} data={name}"
+    first = f" {slot}.{settings[0].name}={_default(settings[0])}" if settings else ""
+    return f"{run} {slot}={name}{first}"
 
 
 def _reason(entry: Entry) -> str:

@@ -16,7 +16,10 @@ import pluggy
 
 from gsa_platform.components import SLOTS, Entry, Plugin, check_component
 from gsa_platform.errors import UserError, suggest
+from gsa_platform.extensions import EXTENSIONS, check_extension
 from gsa_platform.hookspecs import PLUGIN_API, PROJECT, Hooks
+
+KINDS = (*SLOTS, *EXTENSIONS)
 
 
 class PluginLoader:
@@ -29,7 +32,7 @@ class PluginLoader:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(Hooks)
         self.plugins: list[Plugin] = []
-        self.entries: dict[str, dict[str, Entry]] = {slot: {} for slot in SLOTS}
+        self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
         self.conflicts: list[str] = []
 
     def load_entry_points(
@@ -93,13 +96,13 @@ class PluginLoader:
 
     def _collect(self, plugin: Plugin, module: Any) -> list[Entry]:
         entries = []
-        for slot in SLOTS:
+        for slot in KINDS:
             hook = getattr(self.manager.hook, f"gsa_register_{slot}")
             for impl in hook.get_hookimpls():
                 if impl.plugin is module:
                     offered = impl.function()
                     for item in offered if isinstance(offered, list | tuple) else [offered]:
-                        check_component(slot, item)
+                        (check_component if slot in SLOTS else check_extension)(slot, item)
                         entries.append(Entry(slot, item, plugin))
         return entries
 

@@ -15,7 +15,9 @@ import torch
 from omegaconf import OmegaConf
 
 from gsa_platform import registry
+from gsa_platform.callbacks import build_callbacks
 from gsa_platform.checkpoint import check_checkpoint
+from gsa_platform.data.build import build_data
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
@@ -29,12 +31,13 @@ def preflight(cfg: Any) -> TextDataModule | None:
     did not ask for: that is for the training to raise, in a run that keeps it.
     """
     try:
-        data = TextDataModule(cfg)
+        data = build_data(cfg)
         data.prepare_data()
         with torch.device("meta"):
             model = Transformer(cfg, data.vocab_size, registry.get(cfg.get("plugins_path")))
         if cfg.train.resume is not None:
             check_checkpoint(model, Path(cfg.train.resume))
+        build_callbacks(cfg)
         on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
         describe_attention(model, cfg, "cuda" if on_gpu else "cpu")
     except UserError:

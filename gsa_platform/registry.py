@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gsa_platform.components import SLOTS, Component, Entry
+from gsa_platform.components import Component, Entry
 from gsa_platform.errors import UserError, unknown
-from gsa_platform.plugin_loader import PluginLoader, describe
+from gsa_platform.plugin_loader import KINDS, PluginLoader, describe
 
 
 class Registry(PluginLoader):
@@ -22,10 +22,12 @@ class Registry(PluginLoader):
 
     def entry(self, slot: str, name: str) -> Entry:
         """Return the component with its plugin; raises UserError like ``component``."""
-        if slot not in SLOTS:
-            raise UserError(unknown("slot", slot, SLOTS))
+        if slot not in KINDS:
+            raise UserError(unknown("slot", slot, KINDS))
         if name not in self.entries[slot]:
-            raise UserError(unknown(slot, name, self.names(slot)) + self.broken_text(name))
+            raise UserError(
+                unknown(slot.replace("_", " "), name, self.names(slot)) + self.broken_text(name)
+            )
         return self.entries[slot][name]
 
     def names(self, slot: str) -> list[str]:
@@ -64,27 +66,31 @@ class Registry(PluginLoader):
         component = entry.component
         if not component.target:
             return None
-        if reason := entry.unavailable():
-            raise UserError(f"{slot}={component.name} cannot run here: {reason}.")
         schema = OmegaConf.structured(component.config)
         try:
             config = OmegaConf.to_object(OmegaConf.merge(schema, node))
         except OmegaConfBaseException as error:
             raise UserError(_misfits(f"{slot}={component.name}", schema, node)) from error
-        module_name, _, attribute = component.target.partition(":")
         try:
-            cls = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{slot}={component.name}: plugin '{entry.plugin.name}' names the class "
-                f"'{component.target}', which cannot be imported: {describe(error)}"
-            ) from error
-        try:
-            return cls(config, dims)
+            return self.target(slot, component.name)(config, dims)
         except UserError:
             raise
         except ValueError as error:  # a setting that the component refuses
             raise UserError(f"{slot}={component.name}: {error}") from error
+
+    def target(self, slot: str, name: str) -> Any:
+        """Import and return the class or function that a record names."""
+        entry = self.entry(slot, name)
+        if reason := entry.unavailable():
+            raise UserError(f"{slot}={name} cannot run here: {reason}.")
+        module_name, _, attribute = entry.component.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"{slot}={name}: plugin '{entry.plugin.name}' names the class "
+                f"'{entry.component.target}', which cannot be imported: {describe(error)}"
+            ) from error
 
 
 def _misfits(chosen: str, schema: Any, node: Any) -> str:

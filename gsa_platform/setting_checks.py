@@ -13,7 +13,6 @@ from gsa_platform.errors import suggest
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 IMPLEMENTATIONS = ("auto", "eager", "reference", "triton")
 CHOICES = {
-    "data.name": ("stdlib", "text", "hf"),
     "optim.name": ("adamw",),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),

@@ -12,7 +12,9 @@ import torch
 from omegaconf import DictConfig
 
 from gsa_platform import registry
+from gsa_platform.callbacks import build_callbacks
 from gsa_platform.checkpoint import LastCheckpoint, check_checkpoint
+from gsa_platform.data.build import build_data
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
@@ -35,7 +37,7 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     if cfg.train.deterministic:
         torch.use_deterministic_algorithms(True)
     if data is None:
-        data = TextDataModule(cfg)
+        data = build_data(cfg)
         data.prepare_data()
     began = time.perf_counter()  # whether the text was tokenised before says nothing of the run
     plugins = registry.get(cfg.get("plugins_path"))
@@ -85,7 +87,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     if strategy == "auto" and (t.devices > 1 or t.num_nodes > 1):
         strategy = "ddp"
     checkpoints = LastCheckpoint(Path(cfg.run_dir) / "checkpoints", n.checkpoint_every or n.steps)
-    callbacks: list[L.Callback] = [checkpoints]
+    callbacks: list[L.Callback] = [checkpoints, *build_callbacks(cfg)]
     bar = t.progress_bar
     if bar:
         callbacks.append(progress_callback(n.steps))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gsa_platform.data.packing import IGNORED, PackedSequence, PackedStream, Split, split_documents
 from gsa_platform.data.sampler import SequenceSampler
-from gsa_platform.data.sources import build_source
+from gsa_platform.data.sources import Source, build_source
 from gsa_platform.data.store import TokenStore, default_cache_dir, ensure_store
 from gsa_platform.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -135,6 +135,10 @@ class TextDataModule(pl.LightningDataModule):
             )
         return self._split
 
+    def source(self) -> Source:
+        """The documents; a plugin's data module overrides this."""
+        return build_source(self.cfg.data)
+
     def prepare_data(self) -> None:
         """Build the token store (Lightning calls this on one process of each node)."""
         self._store = self._open()
@@ -195,7 +199,7 @@ class TextDataModule(pl.LightningDataModule):
         cache_dir = data.get("cache_dir")
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         verify = bool(data.get("verify", False))
-        return ensure_store(build_source(data), self.tokenizer, folder, verify)
+        return ensure_store(self.source(), self.tokenizer, folder, verify)
 
     def _stream(self, seed: int, training: bool) -> PackedStream:
         spans = self.split.train if training else self.split.validation

@@ -62,14 +62,17 @@ class AttentionObserver(nn.Module):
         for name, value in self.gates.compute().items():
             if not name.endswith("_layers"):
                 out[f"gate_{name}"] = value
-        first = self.first.compute()
-        out["first_token"], out["first_token_max"] = first["mean"], first["max"]
-        out["first_token_uniform"] = first["uniform"]
-        out["first_token_dense"] = self.first_dense.compute()["mean"]
+        if self.first.counts.sum() > 0:  # an attention need not tell what it looks at
+            first = self.first.compute()
+            out["first_token"], out["first_token_max"] = first["mean"], first["max"]
+            out["first_token_uniform"] = first["uniform"]
+            out["first_token_dense"] = self.first_dense.compute()["mean"]
         return {name: float(v) for name, v in out.items() if bool(torch.isfinite(v))}
 
     def layers_first_token(self) -> list[float]:
-        """Mean attention on the first token, layer by layer."""
+        """Mean attention on the first token, layer by layer; [] if no attention told it."""
+        if not bool(self.first.counts.sum() > 0):
+            return []
         return [float(v) for v in self.first.compute()["layers"]]
 
     def reset(self) -> None:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gsa_platform.components import SLOTS
 from gsa_platform.contracts import LayerDims, Sequence
+from gsa_platform.errors import UserError
 from gsa_platform.model.attention_layer import AttentionLayer, Components, LayerCache, LayerReport
 from gsa_platform.model.layer_pattern import expand_pattern
 from gsa_platform.model.rope import RotaryTable
@@ -83,6 +85,7 @@ class Transformer(nn.Module):
         self.rotary = RotaryTable(head_dim, m.rope_theta, m.rope_scaling)
         self.embedding = nn.Embedding(vocab_size, m.d_model)
         pattern = expand_pattern(list(m.layer_pattern), m.n_layers)
+        self.undecodable = _without_decode(cfg, registry, pattern)
         blocks = []
         for i, name in enumerate(pattern):
             dims = LayerDims(
@@ -169,6 +172,12 @@ class Transformer(nn.Module):
             block.compile(**options)
 
     def new_cache(self) -> list[LayerCache]:
+        """An empty cache; raises UserError if a component declares that it cannot decode."""
+        if self.undecodable:
+            raise UserError(
+                f"{', '.join(self.undecodable)} cannot decode token by token (decode=False in its "
+                "capabilities). Choose another component to generate or to score with a cache."
+            )
         return [LayerCache() for _ in self.blocks]
 
     def observe(self, statistics: list[dict[str, Tensor]]) -> None:
@@ -182,7 +191,9 @@ class Transformer(nn.Module):
         """One line per distinct attention implementation, with the layers that use it."""
         lines: dict[str, list[int]] = {}
         for i, block in enumerate(self.blocks):
-            lines.setdefault(block.attention.attention.describe(device_type), []).append(i)
+            attention = block.attention.attention
+            line = attention.describe(device_type) or type(attention).__name__
+            lines.setdefault(line, []).append(i)
         return [
             f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}: {line}"
             for line, layers in lines.items()
@@ -208,6 +219,17 @@ def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Com
         registry.build("sparsity", cfg.sparsity, dims),
         gate,
         registry.build("objective", cfg.objective, dims),
+    )
+
+
+def _without_decode(cfg: Any, registry: Registry, pattern: list[str]) -> list[str]:
+    """`slot=name` of every component in use that declares decode=False."""
+    names = {("attention", cfg.attention.name if n == "*" else n) for n in pattern}
+    names |= {(slot, cfg[slot].name) for slot in SLOTS if slot != "attention"}
+    return sorted(
+        f"{slot}={name}"
+        for slot, name in names
+        if not registry.component(slot, name).capabilities.decode
     )
 
 

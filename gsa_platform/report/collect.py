@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from gsa_platform import registry
 from gsa_platform.check import training_flops_per_token
 from gsa_platform.components import SLOTS
 from gsa_platform.data.datamodule import TextDataModule
@@ -17,6 +18,7 @@ from gsa_platform.diagnostics.device import device_name
 from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
 from gsa_platform.metrics.throughput import model_flops_utilisation
 from gsa_platform.module import LanguageModel
+from gsa_platform.report.section import FinishedRun, sections
 
 # Numbers of the closing summary that no step or validation logs.
 FINAL = (
@@ -94,6 +96,8 @@ def collect_result(
     if cfg.tracking.name == "mlflow":
         uri = shlex.quote(cfg.tracking.uri)
         summary["mlflow_command"] = f"mlflow ui --backend-store-uri {uri}"
+    run = FinishedRun(summary, cfg, module, data, trainer)
+    summary["sections"] = sections(run, registry.get(cfg.get("plugins_path")))
     final = {k: float(v) for k, v in summary.items() if isinstance(v, int | float) and k in FINAL}
     return {
         "loss": loss,

@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from gsa_platform import Capabilities, Component, hookimpl
+from gsa_platform import Capabilities, Component, Trial, hookimpl
+from gsa_platform.components import SLOTS
 from gsa_platform.errors import UserError, suggest
-from gsa_platform.registry import SLOTS
 
 from . import configs as c
 from .attention import checks
 from .checks import problems
+from .extensions import (
+    gsa_register_callback,
+    gsa_register_data,
+    gsa_register_eval_task,
+    gsa_register_report_section,
+)
 from .records import (
     gsa_register_gate,
     gsa_register_indexer,
@@ -16,7 +22,13 @@ from .records import (
     gsa_register_sparsity,
 )
 
-GSA_PLUGIN_API = (1, 0)
+GSA_PLUGIN_API = (1, 1)
+__all__ = [
+    "gsa_register_callback",
+    "gsa_register_data",
+    "gsa_register_eval_task",
+    "gsa_register_report_section",
+]
 
 
 @hookimpl
@@ -28,6 +40,7 @@ def gsa_register_attention() -> list[Component]:
             c.DenseAttentionConfig,
             "Causal softmax attention over every key (PyTorch SDPA, or FlashAttention-3)",
             Capabilities(),
+            trial=Trial(dense={}),
         ),
         Component(
             "sliding_window",
@@ -35,6 +48,7 @@ def gsa_register_attention() -> list[Component]:
             c.SlidingWindowConfig,
             "The most recent keys and the first ones (arXiv 2004.05150, 2309.17453)",
             Capabilities(),
+            trial=Trial(small={"window": 24, "sinks": 4}, dense={"window": 4096}),
         ),
         Component(
             "xformers",
@@ -52,6 +66,7 @@ def gsa_register_attention() -> list[Component]:
                 },
             ),
             details="gsa_plugins.attention.xformers_ops:status",
+            trial=Trial(small={"window": 24}, dense={"window": 0}),
         ),
         Component(
             "gsa",
@@ -59,6 +74,7 @@ def gsa_register_attention() -> list[Component]:
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
             Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
+            trial=Trial(reference={"impl": "reference"}),
         ),
         Component(
             "flex",

@@ -3,7 +3,7 @@
 Targets are strings: listing them imports nothing heavy.
 """
 
-from gsa_platform import Capabilities, Component, hookimpl
+from gsa_platform import Capabilities, Component, Trial, hookimpl
 
 from . import configs as c
 
@@ -29,12 +29,14 @@ def gsa_register_indexer() -> list[Component]:
             "gsa_plugins.indexer.pooled:PooledIndexer",
             c.PooledIndexerConfig,
             "Coarse lightning scores: one for all keys of a pooling block",
+            trial=Trial(small={"pool": 16}),
         ),
         Component(
             "hierarchical",
             "gsa_plugins.indexer.hierarchical:HierarchicalIndexer",
             c.HierarchicalIndexerConfig,
             "Lightning scores coarse to fine: pooled keys, then exact inside the best blocks",
+            trial=Trial(small={"pool": 16, "survivors": 7}, dense={"survivors": 1000}),
         ),
         Component(
             "oracle",
@@ -96,6 +98,7 @@ def gsa_register_sparsity() -> list[Component]:
             "gsa_plugins.sparsity.scheduled:ScheduledBudget",
             c.ScheduledBudgetConfig,
             "A budget that shrinks over training, from dense to sparse",
+            trial=Trial(small={"k_start": 80, "steps": 4}, dense={"k": 4096, "k_start": 4096}),
         ),
     ]
 

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.usefixtures("fresh_registry")
         ("gsa-platform model.rope_scaling.k", ["model.rope_scaling.kind="]),
         ("gsa-platform model.qk_norm=", ["model.qk_norm=false", "model.qk_norm=true"]),
         ("gsa-platform optim.schedule=w", ["optim.schedule=wsd"]),
-        ("gsa-platform plugins ", ["list", "show"]),
+        ("gsa-platform plugins ", ["check", "list", "matrix", "new", "show"]),
+        ("gsa-platform plugins check ga", ["gated_lightning"]),
+        ("gsa-platform plugins new acme --slot g", ["gate"]),
         ("gsa-platform plugins show ga", ["gated_lightning"]),
         ("gsa-platform runs doctor --", ["--fix"]),
         ("gsa-platform eval ch", ["checkpoint="]),
@@ -57,10 +59,10 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
-    ("breaks", "reply"), [(" =:", "dense|gsa|gsa_16"), (" ", "attention=dense|attention=gsa")]
+    ("breaks", "reply"), [(" =:", "gsa|gsa_16"), (" ", "attention=gsa|attention=gsa_16")]
 )
 def test_bash_replaces_what_it_splits_off(program: Path, breaks: str, reply: str) -> None:
-    line = "gsa-platform attention="
+    line = "gsa-platform attention=g"
     code = (
         'eval "$(gsa-platform --shell-completion install=bash)"\n'
         f"COMP_WORDBREAKS='{breaks}' COMP_LINE='{line}' COMP_POINT={len(line)}\n"

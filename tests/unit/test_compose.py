@@ -33,7 +33,8 @@ def error_of(*overrides: str) -> str:
 def test_every_root_key_is_there():
     cfg = compose.load(["experiment=gsa_128k"])
     keys = """name seed context model attention indexer sparsity gate objective data optim train
-              trainer tracking output_root run_dir hardware picked notes sweep plugins_path"""
+              trainer tracking output_root run_dir hardware picked notes sweep plugins_path
+              callbacks"""
     assert set(cfg) == set(keys.split())
     assert (cfg.name, cfg.context) == ("gsa_128k", 131072)
     assert (cfg.attention.name, cfg.indexer.name, cfg.gate.name) == (

@@ -3,7 +3,15 @@ import re
 
 import pytest
 
-from gsa_platform.report import render_summary
+from gsa_platform.report import render_summary as render
+from gsa_platform.report.attention import attention_rows
+
+
+def render_summary(result, *width):
+    """With the section that the attention plugin adds, as a run has it."""
+    rows = attention_rows(result)
+    return render({**result, "sections": [("Attention", rows)] if rows else []}, *width)
+
 
 RESULT = {
     "name": "gsa_128k",
