@@ -69,7 +69,8 @@ def cli(tmp_path: Path) -> CliRunner:
     def run(
         *arguments: str, site: Path | None = None, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("GSA_")}
+        ours = ("GSA_", "TRITON_INTERPRET")  # a user has not set them
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         if site is not None:
             environ["PYTHONPATH"] = str(site)
         return subprocess.run(

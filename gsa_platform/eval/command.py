@@ -6,6 +6,7 @@ The model is rebuilt from the configuration inside the checkpoint; overrides cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,29 @@ def main(overrides: list[str]) -> int:
     Raises UserError for a missing or foreign checkpoint, an unknown task and for overrides it
     cannot take.
     """
+    result = evaluate(overrides, print)
+    path = Path(result["checkpoint"]).parent / "eval.json"
+    write_json(path, result)
+    print(f"written {path}")
+    return 0
+
+
+def evaluate(
+    overrides: list[str], show: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """What the tasks say: {checkpoint, context, ...}; each task's text goes to `show`."""
     names = [n for o in overrides if o.startswith("task=") for n in o.partition("=")[2].split(",")]
     found = registry.get()
     tasks = {name: found.target("eval_task", name)() for name in names or [DEFAULT_TASK]}
     run = load(overrides)
-    print(f"checkpoint   {run.checkpoint}\ncontext      {int(run.cfg.context):,} tokens")
+    show(f"checkpoint   {run.checkpoint}\ncontext      {int(run.cfg.context):,} tokens")
     result: dict[str, Any] = {"checkpoint": run.checkpoint, "context": int(run.cfg.context)}
     for name, task in tasks.items():
         values = task.evaluate(run)
-        print(task.render(values))
+        show(task.render(values))
         # The default task's numbers stand at the top, where scripts look for them.
         result |= values if name == DEFAULT_TASK else {name: values}
-    path = Path(run.checkpoint).parent / "eval.json"
-    write_json(path, result)
-    print(f"written {path}")
-    return 0
+    return result
 
 
 def load(overrides: list[str]) -> EvalRun:

@@ -62,7 +62,7 @@ def composed(choice: dict[str, str], mode: str) -> Any:
     OmegaConf.set_struct(cfg, False)
     for slot, name in choice.items():
         cfg[slot] = OmegaConf.structured(registry.get().component(slot, name).config)
-    compose._resolve_slots(cfg, set(choice))
+    compose.resolve_slots(cfg, set(choice))
     wanted = dict(SETTINGS)
     if mode:
         wanted["attention"] = {"mode": mode, **GRANULARITY[mode]}

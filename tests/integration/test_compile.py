@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from gsa_platform import compose, registry
 from gsa_platform.diagnostics.device import check_compiler
 from gsa_platform.errors import UserError
-from gsa_platform.eval.perplexity import evaluate
+from gsa_platform.eval.command import evaluate
 from gsa_platform.launch import launch
 from gsa_platform.model.cross_entropy import chunked_cross_entropy
 from gsa_platform.model.transformer import Transformer

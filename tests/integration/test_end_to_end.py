@@ -20,6 +20,7 @@ SMALL = [
 
 def command(folder: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "GSA_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # a user has not set it
     return subprocess.run(
         [sys.executable, "-m", "gsa_platform", *arguments],
         cwd=folder,

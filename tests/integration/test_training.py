@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from gsa_platform import compose
 from gsa_platform.checkpoint import LastCheckpoint
-from gsa_platform.eval.perplexity import evaluate
+from gsa_platform.eval.command import evaluate
 from gsa_platform.launch import launch
 from gsa_platform.tracking import open_database
 from gsa_platform.validate import validate
