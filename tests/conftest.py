@@ -97,11 +97,16 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Load the plugins anew inside the test, and again after it."""
+    """Load the plugins anew inside the test, and again after it; Hydra forgets them too."""
+    from hydra.core.config_store import ConfigStore
+
     from gsa_platform import registry
+    from gsa_platform.components import SLOTS
 
     for name in ("GSA_PLUGIN_PATH", "GSA_DISABLE_PLUGINS", "GSA_STRICT_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     registry.reset()
     yield
     registry.reset()
+    for group in (*SLOTS, "data"):
+        ConfigStore.instance().repo.pop(group, None)  # registered again when next needed

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 
 from gsa_platform import cli
 from gsa_platform.launch import launch
@@ -114,7 +112,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def work(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def work(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with plugins, a checkpoint and texts, to type commands in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GSA_CACHE", str(cache))
@@ -130,9 +128,7 @@ def work(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     torch.save({"state_dict": {"model.norm.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
-    yield tmp_path
-    # Hydra keeps what was registered; later tests must not be offered it.
-    ConfigStore.instance().repo.get("gate", {}).pop("refuser.yaml", None)
+    return tmp_path
 
 
 def refused(work: Path, capfd: pytest.CaptureFixture[str], *typed: str) -> str:
