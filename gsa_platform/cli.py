@@ -15,7 +15,7 @@ from gsa_platform.terminal import exit_code, print_failure
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-COMMANDS = ("train", "check", "eval", "plugins", "runs", "help")
+COMMANDS = ("train", "check", "eval", "bench", "plugins", "runs", "help")
 PROGRAM = "gsa-platform"
 
 
@@ -55,6 +55,10 @@ def _dispatch(arguments: list[str]) -> int:
         if command not in COMMANDS:
             hint = "\n  Settings are typed as key=value, such as experiment=gsa_128k."
             raise UserError(unknown("command", command, COMMANDS) + hint)
+    if command == "bench":
+        from gsa_platform.bench.command import run as run_benchmark
+
+        return run_benchmark(arguments)
     if command == "help" or {"--help", "-h"} & set(arguments):
         from gsa_platform.help import help_text
 

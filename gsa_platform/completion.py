@@ -63,6 +63,8 @@ def _offered(before: list[str], word: str) -> list[str]:
     rest = before[1:] if command else before
     if command == "help":
         return []
+    if command == "bench":
+        return _benchmark(rest)
     if (command, *rest[:1]) in WORDS or command in ("plugins", "runs"):
         if before[-1:] == ["--slot"]:
             return list(SLOTS)
@@ -78,6 +80,20 @@ def _offered(before: list[str], word: str) -> list[str]:
         return list(FLAGS) if command in ("", "train") else []
     own = {"": list(COMMANDS) if not before else [], "eval": ["checkpoint="]}
     return own.get(command, []) + _settings([w for w in rest if "=" in w], word)
+
+
+def _benchmark(typed: list[str]) -> list[str]:
+    """Benchmarks, then the options of one and their values."""
+    from gsa_platform import registry
+    from gsa_platform.bench.options import choices, flags
+
+    found = registry.get()
+    if not typed:
+        return found.names("benchmark")
+    if typed[0] not in found.names("benchmark"):
+        return []
+    config = found.component("benchmark", typed[0]).config
+    return [*choices(config, typed[-1]), *flags(config)]
 
 
 def _settings(typed: list[str], word: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""What plugins may add beside components: data, evaluation tasks, callbacks, report sections."""
+"""What plugins may add beside components: data, evaluation tasks, callbacks, report sections,
+benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 from gsa_platform.components import Component
 from gsa_platform.errors import UserError
 
-EXTENSIONS = ("data", "eval_task", "callback", "report_section")
+EXTENSIONS = ("data", "eval_task", "callback", "report_section", "benchmark")
 
 
 @dataclass
@@ -24,6 +25,18 @@ class CallbackSettings:
     enabled: bool = False
 
 
+@dataclass
+class BenchmarkSettings:
+    """Base of every benchmark's settings, typed as options: ``bench NAME --out FILE``.
+
+    A field is text, a number, a truth value or a list of texts or numbers; `choices` in its
+    metadata limits the values.
+    """
+
+    out: str = ""  # JSON file to write; default bench-NAME.json
+    commit: str = ""  # to record, where the sources are no git checkout
+
+
 @dataclass(frozen=True)
 class Extension(Component):
     """One named addition of a kind in EXTENSIONS. ``target`` is ``"package.module:name"``:
@@ -34,6 +47,8 @@ class Extension(Component):
     callback         ``Class(settings, cfg)``, a Lightning Callback; ``config`` is a subclass of
                      CallbackSettings
     report_section   ``function(run)``, rows of text; run: gsa_platform.report.section.FinishedRun
+    benchmark        ``Class(settings)``, a gsa_platform.bench.Benchmark; ``config`` is a subclass
+                     of BenchmarkSettings
     """
 
     config: type = NoSettings
@@ -54,6 +69,8 @@ def check_extension(kind: str, item: Any) -> None:
         base: type = DataConfig
     elif kind == "callback":
         base = CallbackSettings
+    elif kind == "benchmark":
+        base = BenchmarkSettings
     else:
         return
     if not (isinstance(item.config, type) and issubclass(item.config, base)):

@@ -19,6 +19,7 @@ Commands
   (none)                 train
   check                  compose, validate and try the combination briefly
   eval checkpoint=PATH   evaluate a checkpoint
+  bench NAME             check and time an operation on this machine; bench NAME --help
   plugins list           every component, where it comes from and whether it works here
   plugins show NAME      its settings with defaults, and an example
   plugins check NAME     the contract kit on one component, as a table

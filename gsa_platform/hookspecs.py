@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gsa_platform.extensions import Extension
 
 PROJECT = "gsa_platform"
-PLUGIN_API = (1, 1)
+PLUGIN_API = (1, 2)
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -55,6 +55,10 @@ class Hooks:
     @hookspec
     def gsa_register_report_section(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
         """Return sections of the closing summary of a run."""
+
+    @hookspec
+    def gsa_register_benchmark(self) -> Extension | list[Extension]:  # type: ignore[empty-body]
+        """Return benchmarks: what ``bench NAME`` checks and times."""
 
     @hookspec
     def gsa_validate(self, config: Any) -> None:

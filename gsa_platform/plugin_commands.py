@@ -127,8 +127,9 @@ def _component_text(entry: Entry) -> str:
     settings = [f for f in dataclasses.fields(component.config) if f.name != "name"]
     if settings:
         comments = field_comments(component.config)
-        prefix = f"callbacks.{component.name}" if slot == "callback" else slot
-        rows = [(f"{prefix}.{f.name}={_default(f)}", comments.get(f.name, "")) for f in settings]
+        prefixes = {"callback": f"callbacks.{component.name}.", "benchmark": ""}
+        prefix = prefixes.get(slot, f"{slot}.")
+        rows = [(f"{prefix}{f.name}={_default(f)}", comments.get(f.name, "")) for f in settings]
         width = max(len(row[0]) for row in rows)
         lines.append("  settings and defaults")
         lines += [f"    {text.ljust(width)}  {comment}".rstrip() for text, comment in rows]
@@ -141,6 +142,8 @@ def _example(entry: Entry, settings: list[dataclasses.Field[object]]) -> str:
     run = "gsa-platform experiment=gsa_128k"
     if slot == "eval_task":
         return f"gsa-platform eval checkpoint=PATH task={name}"
+    if slot == "benchmark":
+        return f"gsa-platform bench {name}"
     if slot == "report_section":
         return "(in the closing summary of every run)"
     if slot == "callback":

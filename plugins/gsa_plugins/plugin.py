@@ -8,6 +8,7 @@ from gsa_platform.errors import UserError, suggest
 
 from . import configs as c
 from .attention import checks
+from .bench.records import gsa_register_benchmark
 from .checks import problems
 from .extensions import (
     gsa_register_callback,
@@ -22,8 +23,9 @@ from .records import (
     gsa_register_sparsity,
 )
 
-GSA_PLUGIN_API = (1, 1)
+GSA_PLUGIN_API = (1, 2)
 __all__ = [
+    "gsa_register_benchmark",
     "gsa_register_callback",
     "gsa_register_data",
     "gsa_register_eval_task",

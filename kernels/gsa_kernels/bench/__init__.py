@@ -1,1 +1,1 @@
-"""Benchmarks of the operations: correctness first, then time, memory and ratios in one process."""
+"""Parts of benchmarks: inputs, oracle checks, work counted, time and memory of one process."""

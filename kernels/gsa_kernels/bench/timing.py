@@ -1,5 +1,6 @@
 """Time and memory of a call on the device at hand, and what that device is."""
 
+import importlib.metadata
 import itertools
 import platform
 import statistics
@@ -11,13 +12,17 @@ from typing import Any
 
 import torch
 
+from .work import Rates
+
 
 def milliseconds(call: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> float:
-    """Median over at least 3 calls after a warm-up, about `budget_s` seconds of them.
+    """Median over at least 3 calls after two to warm up, about `budget_s` seconds of them.
 
     On a GPU the calls are queued without waiting in between, as the layers of a model are.
     """
-    call()
+    call()  # may compile
+    if device.type == "cuda":
+        call()
     if device.type != "cuda":
         times = [_seconds(call)]
         while len(times) < 3 or (sum(times) < budget_s and len(times) < 50):
@@ -56,21 +61,38 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What a large matrix product and a copy reach on the device, in this process."""
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = milliseconds(lambda: a @ b, device, 0.3)
+    source = torch.empty(1 << (30 if cuda else 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source), device, 0.3)
+    return Rates(2e3 * n**3 / product, 2e3 * source.numel() / copy)
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Device, driver, versions and commit, as every result file states them."""
-    found = {"torch": torch.__version__, "python": platform.python_version()}
+    found = {"device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"}
+    found["driver"] = "none"
     if device.type == "cuda":
-        import triton
-
         found["device"] = torch.cuda.get_device_name(device)
-        found["triton"] = triton.__version__
-        found["driver"] = _output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
-    else:
-        found["device"] = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = _output(*query)
+    found["torch"], found["triton"] = torch.__version__, version("triton")
+    found["python"] = platform.python_version()
     found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
     return found
+
+
+def version(package: str) -> str:
+    """Of an installed package; "not installed" otherwise."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _output(*command: str) -> str:
@@ -78,4 +100,4 @@ def _output(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip().splitlines()[0]
+    return (done.stdout.strip().splitlines() or ["unknown"])[0]

@@ -1,0 +1,250 @@
+"""Inputs of one attention layer at one shape, and the whole path that is timed over them.
+
+Legend: B batch, T queries, S keys, H query heads, K key-value heads, E head width, J index heads,
+I index width, C keys per block, R queries per tile.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gsa_kernels.index_score import IndexFactors
+from gsa_kernels.indexer_loss.api import selected_kl
+from gsa_kernels.select import select
+from gsa_kernels.selection import Selection, SelectionSpec
+from gsa_kernels.sparse_attention import sparse_attention
+
+INPUTS = ("random", "smooth", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured; counts are keys, queries or heads. inputs: where the tensors come from:
+    independent random numbers (the worst case), random index queries that change slowly over
+    `memory` positions, or a checkpoint's layer."""
+
+    mode: str
+    spec: SelectionSpec
+    seq_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    k: int
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 1
+    index_heads: int = 4
+    index_dim: int = 64
+    inputs: str = "random"
+    memory: int = 256
+    impl: str = "auto"
+
+    def fields(self) -> dict[str, Any]:
+        """As a record of a report names them."""
+        return {
+            "mode": self.mode,
+            "C": self.spec.key_block,
+            "R": self.spec.query_tile,
+            "batch": self.batch,
+            "seq_len": self.seq_len,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "k": self.k,
+            "window": self.spec.window,
+            "sinks": self.spec.sinks,
+            "index_heads": self.index_heads,
+            "index_dim": self.index_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "inputs": self.inputs,
+            "impl": self.impl,
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """q_BTHE, k_BSKE, v_BSKE, both gates (None: the layer has none) and index factors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    value_gate: Tensor | None
+    output_gate: Tensor | None
+    factors: IndexFactors
+    spec: SelectionSpec
+    budget: int
+    impl: str
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        f = self.factors
+        parts = [self.q, self.k, self.v, self.value_gate, self.output_gate]
+        parts += [f.q_BTJI, f.k_BSI, f.weight_BTJ, f.bias_J]
+        return [x for x in parts if x is not None]
+
+    def learn(self) -> "Case":
+        """The same numbers as leaves that take gradients."""
+
+        def leaf(x: Tensor | None) -> Any:
+            return None if x is None else x.detach().requires_grad_()
+
+        f = self.factors
+        factors = replace(
+            f,
+            q_BTJI=leaf(f.q_BTJI),
+            k_BSI=leaf(f.k_BSI),
+            weight_BTJ=leaf(f.weight_BTJ),
+            bias_J=leaf(f.bias_J),
+        )
+        q, k, v = (leaf(x) for x in (self.q, self.k, self.v))
+        gates = leaf(self.value_gate), leaf(self.output_gate)
+        return replace(self, q=q, k=k, v=v, value_gate=gates[0], output_gate=gates[1],
+                       factors=factors)  # fmt: skip
+
+    def choose(self, previous: Selection | None = None) -> Selection:
+        """Scoring and selection."""
+        n = self.q.shape[1]
+        args = (self.factors, self.spec, self.budget, self.budget, n)
+        return select(*args, previous=previous).selection
+
+    def score(self) -> None:
+        """Scoring alone: a budget that the forced keys use up leaves lists of width 0."""
+        forced = self.spec.window + self.spec.sink_keys
+        select(self.factors, self.spec, forced, forced, self.q.shape[1])
+
+    @property
+    def gated_values(self) -> Tensor:
+        return self.v if self.value_gate is None else self.v * self.value_gate
+
+    def attend(self, selection: Selection, learn: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(gated output, KL on the selected keys if `learn`)."""
+        result = sparse_attention(
+            self.q, self.k, self.gated_values, selection, need_mass=learn, impl=self.impl
+        )
+        out = result.out_BTHE
+        out = out if self.output_gate is None else out * self.output_gate
+        if not learn:
+            return out, None
+        assert result.mass_BHQN is not None
+        return out, selected_kl(self.factors, selection, result.mass_BHQN, "log")
+
+    def forward(self, previous: Selection | None = None) -> Tensor:
+        """The whole path: scoring, selection, gates, attention."""
+        return self.attend(self.choose(previous))[0]
+
+    def train(self, dout: Tensor) -> None:
+        """The whole path forward and backward, with the KL on the selected keys."""
+        out, loss = self.attend(self.choose(), learn=True)
+        assert loss is not None
+        outputs, gradients = [out], [dout]
+        if loss.requires_grad:  # not if nothing was selected beside window and sinks
+            outputs, gradients = [out, loss], [dout, torch.ones_like(loss)]
+        torch.autograd.grad(outputs, self.leaves, gradients, allow_unused=True)
+
+    def last(self, queries: int = 1) -> "Case":
+        """Only the last queries, the others' keys being a cache."""
+        start = self.k.shape[1] - queries
+        f = self.factors
+        q_start = f.q_start + self.q.shape[1] - queries
+        factors = replace(
+            f, q_BTJI=f.q_BTJI[:, -queries:], weight_BTJ=f.weight_BTJ[:, -queries:],
+            q_start=q_start,
+        )  # fmt: skip
+        assert q_start == start
+        gate = None if self.output_gate is None else self.output_gate[:, -queries:]
+        # Values are cached with their gate.
+        return replace(self, q=self.q[:, -queries:], v=self.gated_values, value_gate=None,
+                       output_gate=gate, factors=factors)  # fmt: skip
+
+
+def make_case(shape: Shape, captured: dict[str, Any] | None = None, seed: int = 0) -> Case:
+    """The inputs of a shape. captured: the tensors of a layer (see `from_capture`), for
+    inputs="checkpoint"."""
+    if shape.inputs == "checkpoint":
+        assert captured is not None
+        return from_capture(shape, captured)
+    g = torch.Generator(shape.device).manual_seed(seed)
+    b, t, e, j, i = shape.batch, shape.seq_len, shape.head_dim, shape.index_heads, shape.index_dim
+
+    def draw(*size: int, rand: Callable[..., Tensor] = torch.randn) -> Tensor:
+        return rand(b, t, *size, device=shape.device, generator=g).to(shape.dtype)
+
+    index_q = draw(j, i)
+    if shape.inputs == "smooth":
+        index_q = _smooth(index_q, shape.memory)
+    bias = torch.zeros(j, device=shape.device, dtype=shape.dtype)
+    factors = IndexFactors(
+        index_q, draw(i), draw(j, rand=torch.rand), bias, i**-0.5, heads=shape.spec.heads
+    )
+    return Case(
+        draw(shape.heads, e),
+        draw(shape.kv_heads, e),
+        draw(shape.kv_heads, e),
+        draw(shape.kv_heads, e, rand=torch.rand),
+        draw(shape.heads, e, rand=torch.rand),
+        factors,
+        shape.spec,
+        shape.k,
+        shape.impl,
+    )
+
+
+def _smooth(x_BTJI: Tensor, memory: int) -> Tensor:
+    """Index queries that change slowly, as those of text do: means over `memory` positions, scaled
+    back to unit variance. Neighbours then choose nearly the same keys."""
+    padded = F.pad(x_BTJI.double(), (0, 0, 0, 0, memory - 1, 0))
+    total = F.pad(padded, (0, 0, 0, 0, 1, 0)).cumsum(1)
+    mean = (total[:, memory:] - total[:, :-memory]) / memory**0.5
+    return mean.to(x_BTJI.dtype)
+
+
+def from_capture(shape: Shape, captured: dict[str, Any]) -> Case:
+    """The first seq_len tokens of captured tensors, the same for every sample of the batch.
+
+    captured: q_BTHE, k_BSKE, v_BSKE (before its gate), value_gate_BTKE and output_gate_BTHE (or
+    None), index_q_BTJI, index_k_BSI, index_weight_BTJ, index_bias_J (or None), and the numbers
+    scale, activation, block_score. Raises ValueError if seq_len is longer than what there is.
+    """
+    held = captured["q_BTHE"].shape[1]
+    if shape.seq_len > held:
+        raise ValueError(
+            f"the captured layer holds {held} tokens, not {shape.seq_len}: capture a longer text, "
+            f"or measure at most {held}"
+        )
+
+    def take(name: str) -> Any:
+        x = captured[name]
+        if x is None:
+            return None
+        x = x[:1, : shape.seq_len].expand(shape.batch, *x[:1, : shape.seq_len].shape[1:])
+        return x.to(shape.device, shape.dtype).contiguous()
+
+    bias = captured["index_bias_J"]
+    factors = IndexFactors(
+        take("index_q_BTJI"),
+        take("index_k_BSI"),
+        take("index_weight_BTJ"),
+        None if bias is None else bias.to(shape.device, shape.dtype),
+        captured["scale"],
+        captured["activation"],
+        captured["block_score"],
+        shape.spec.heads,
+    )
+    q, k, v = take("q_BTHE"), take("k_BSKE"), take("v_BSKE")
+    gates = take("value_gate_BTKE"), take("output_gate_BTHE")
+    return Case(q, k, v, *gates, factors, shape.spec, shape.k, shape.impl)
+
+
+def shape_of_capture(captured: dict[str, Any]) -> dict[str, int]:
+    """heads, kv_heads, head_dim, index_heads, index_dim of captured tensors."""
+    return {
+        "heads": captured["q_BTHE"].shape[2],
+        "kv_heads": captured["k_BSKE"].shape[2],
+        "head_dim": captured["q_BTHE"].shape[3],
+        "index_heads": captured["index_q_BTJI"].shape[2],
+        "index_dim": captured["index_q_BTJI"].shape[3],
+    }
