@@ -96,6 +96,7 @@ def decode_record(
         mean = (times["ours_ms"] + (r - 1) * times["reuse_ms"]) / r
         record["ratio_mean_step"] = record["dense_ms"] / mean
     counted = work(selection, shape.heads, shape.kv_heads)
+    record["cache_keys"] = last.k.shape[1] - 1
     record["keys_attended"] = counted.pairs / (shape.heads * shape.batch)
     return record | shares(
         last.q, _read(last.k, counted), counted, False, times["attend_ms"], rates

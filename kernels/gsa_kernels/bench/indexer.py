@@ -87,6 +87,8 @@ def hierarchical_records(
         if pool % case.spec.key_block:
             continue  # pooling blocks hold whole key blocks
         for n in survivors:
+            if n * pool >= shape.seq_len + pool:
+                continue  # everything survives with fewer, too
             factors = _hierarchical(case.factors, pool, n)
             blocks = case.spec.key_block if factors.block_score == "mean" else 1
 

@@ -63,10 +63,7 @@ class AttentionBench(LayerBench):
         cuda = self.device.type == "cuda"
         if name == "decode":
             names = s.dense or (["cudnn", "flash", "efficient", "math"] if cuda else ["math"])
-            # The new token begins a tile, so that it chooses.
-            r = shape.spec.query_tile
-            cache = shape.seq_len // r * r
-            case = self.inputs(replace(shape, seq_len=cache + 1))
+            case = self.inputs(replace(shape, seq_len=self._cache(shape) + 1))
             return decode_record(shape, case, names, self.rates, others, s.seconds)
         names = s.dense or (["cudnn", "flash", "fa3"] if cuda else ["flash"])
         case = self.inputs(shape)
@@ -77,6 +74,17 @@ class AttentionBench(LayerBench):
                 selection = case.choose()
             row["beside"] = beside(shape, case, selection, backward, s.beside)
         return row
+
+    def _cache(self, shape: Shape) -> int:
+        """Cached keys, about seq_len: the new token begins a tile, so that it chooses."""
+        r = shape.spec.query_tile
+        cache = shape.seq_len // r * r
+        held = cache + 1 if self.captured is None else self.captured["q_BTHE"].shape[1]
+        if cache + 1 > held:
+            cache -= r
+        if cache < 1:
+            raise UserError(f"--passes decode needs a --seq-len of {r} at least")
+        return cache
 
 
 def _label(shape: Shape, name: str) -> str:

@@ -12,6 +12,7 @@ from gsa_kernels.bench.verify import wrong
 from gsa_kernels.selection import SelectionSpec
 from gsa_kernels.sparse_attention.api import choose
 from gsa_platform.bench import Benchmark, Progress, WrongResultError
+from gsa_platform.errors import UserError
 
 from ..granularity import granularity
 from .capture import captured
@@ -49,6 +50,10 @@ class LayerBench(Benchmark):
                 raise ValueError(f"--{option.replace('_', '-')} must be at least {low}")
         if any(n < 1 for n in (*s.seq_len, *s.batch)):
             raise ValueError("--seq-len and --batch must be at least 1")
+        self.kv_heads = [n or _DEFAULTS["kv_heads"][not cuda] for n in s.kv_heads]
+        heads = s.heads or _DEFAULTS["heads"][not cuda]
+        if any(n < 1 or heads % n for n in self.kv_heads):
+            raise ValueError(f"--kv-heads {s.kv_heads} do not divide --heads {heads}")
         self.captured: dict[str, Any] | None = None
         try:
             self.granularities = [granularity(s.mode, s.key_block, r) for r in s.query_tile]
@@ -69,6 +74,12 @@ class LayerBench(Benchmark):
         if s.inputs == "checkpoint" and self.captured is None:
             tokens = max(self.lengths)
             self.captured = captured(s.checkpoint, s.layer, tokens, self.device, progress.say)
+            held = self.captured["q_BTHE"].shape[1]
+            if tokens > held:
+                raise UserError(
+                    f"--checkpoint {s.checkpoint} holds {held} tokens, not {tokens}: capture a "
+                    f"longer text (bench capture --tokens {tokens}), or type --seq-len {held}"
+                )
 
     def shapes(self) -> Iterator[Shape]:
         """Every combination asked for, lengths outermost."""
@@ -79,14 +90,12 @@ class LayerBench(Benchmark):
             "index_heads": s.index_heads,
             "index_dim": s.index_dim,
         }
-        kv_heads = [n or _DEFAULTS["kv_heads"][cpu] for n in s.kv_heads]
+        kv_heads = self.kv_heads
         if self.captured is not None:
             sizes = shape_of_capture(self.captured)
             kv_heads = [sizes.pop("kv_heads")]
         for length in self.lengths:
             for n in kv_heads:
-                if sizes["heads"] % n:
-                    raise ValueError(f"{sizes['heads']} heads are no multiple of {n} kv heads")
                 for spec in self._specs():
                     for batch in s.batch:
                         yield Shape(
