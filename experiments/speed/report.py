@@ -1,91 +1,251 @@
-"""Table and plot of a speed run: reads h200.json or the file named; table.md and speed.png.
+"""Tables and plots of benchmark reports: `bench attention` gives table.md and speed.png, `bench
+indexer` indexer.md and indexer.png, in the folder of the first file.
 
-python -m gsa_kernels.bench.attention --out experiments/speed/h200.json ...
-python experiments/speed/report.py [file.json]
+python experiments/speed/report.py [file.json ...]
+
+Several files of one kind (other inputs, other heads, same device) are drawn together. Reports of
+before score_ms was measured alone hold scoring and selection together in select_ms.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 COLUMNS = {
     "seq_len": ("tokens", "{:,}"),
+    "batch": ("B", "{}"),
     "kv_heads": ("K", "{}"),
     "C": ("C", "{}"),
     "R": ("R", "{}"),
+    "inputs": ("inputs", "{}"),
     "pass": ("pass", "{}"),
     "dense_ms": ("dense, ms", "{:.2f}"),
+    "dense_backend": ("by", "{}"),
     "ours_ms": ("whole path, ms", "{:.2f}"),
     "ratio": ("ratio", "{:.1f}x"),
-    "select_ms": ("scoring and selection, ms", "{:.2f}"),
+    "reuse_ms": ("step inside a tile, ms", "{:.3f}"),
+    "score_ms": ("scoring, ms", "{:.2f}"),
+    "select_ms": ("selection, ms", "{:.2f}"),
     "attend_ms": ("attention, ms", "{:.2f}"),
     "attend_ratio": ("attention alone", "{:.1f}x"),
+    "inflation": ("pairs computed", "{:.2f}x"),
     "roofline": ("of the bound", "{:.0%}"),
+    "flops_computed_share": ("FLOP/s computed", "{:.0%}"),
+    "bytes_share": ("bytes/s", "{:.0%}"),
+    "gathered_share": ("gathered bytes/s", "{:.0%}"),
     "peak_extra_bytes": ("extra memory, MB", "{:.0f}"),
 }
+INDEXER_COLUMNS = {
+    "seq_len": ("tokens", "{:,}"),
+    "mode": ("mode", "{}"),
+    "C": ("C", "{}"),
+    "R": ("R", "{}"),
+    "inputs": ("inputs", "{}"),
+    "pass": ("what", "{}"),
+    "pool": ("pool", "{}"),
+    "survivors": ("survivors", "{}"),
+    "recall": ("recall of the exact choice", "{:.1%}"),
+    "score_ms": ("scoring, ms", "{:.2f}"),
+    "select_ms": ("selection, ms", "{:.2f}"),
+    "choose_ms": ("both, ms", "{:.2f}"),
+    "topk_ms": ("torch.topk, ms", "{:.2f}"),
+    "ratio": ("ratio", "{:.1f}x"),
+    "attend_ms": ("attention, ms", "{:.2f}"),
+    "mass_ms": ("its mass, ms", "{:.2f}"),
+    "selected_kl_ms": ("KL on selected, ms", "{:.2f}"),
+    "dense_kl_ms": ("KL on all, ms", "{:.2f}"),
+    "dense_rows": ("tiles", "{}"),
+}
+GROUP = ("mode", "C", "R", "kv_heads", "inputs")
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
+    """Markdown: the columns that a record has."""
+    rows = report["records"]
+    columns = {n: c for n, c in columns.items() if any(n in row for row in rows)}
+    if "select_ms" in columns and not any("score_ms" in row for row in rows):
+        columns["select_ms"] = ("scoring and selection, ms", "{:.2f}")
     lines = [
         f"{report['device']}, driver {report.get('driver', '-')}, torch {report['torch']}, triton "
         f"{report.get('triton', '-')}, commit {report['commit'][:12]}",
         "",
-        "| " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "|---" * len(COLUMNS) + "|",
+        "| " + " | ".join(title for title, _ in columns.values()) + " |",
+        "|---" * len(columns) + "|",
     ]
-    for row in report["records"]:
-        row = row | {"peak_extra_bytes": row["peak_extra_bytes"] / 1e6}
+    for row in rows:
+        row = row | {"peak_extra_bytes": row.get("peak_extra_bytes", 0) / 1e6}
         row["pass"] = row["pass"].replace("_", " + ")
-        cells = [form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        cells = [form.format(row[n]) if n in row else "" for n, (_, form) in columns.items()]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + _beside(rows)
+
+
+def _beside(rows: list[dict[str, Any]]) -> str:
+    """A second table: other implementations over the same selection."""
+    cells = [
+        (f"{row['seq_len']:,}", row["pass"].replace("_", " + "), name, version,
+         other.get("reason", f"{other.get('ms', 0):.2f}"), f"{row['attend_ms']:.2f}")
+        for row in rows
+        for name, other in row.get("beside", {}).items()
+        for version in [other.get("version", "")]
+    ]  # fmt: skip
+    if not cells:
+        return ""
+    head = ("tokens", "pass", "same selection by", "version", "ms", "ours, ms")
+    lines = ["", *(f"| {' | '.join(c)} |" for c in [head, ("---",) * len(head), *cells])]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Ratio to dense against length, one line per pass, at the first number of kv heads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Ratio to dense, and milliseconds of both, against length; a line per pass and setting. With
+    decoding, a second row of the same, a line per batch."""
     from matplotlib import pyplot as plt
 
     rows = report["records"]
-    first = rows[0]
-    figure, axes = plt.subplots(figsize=(6.4, 4))
-    for name, label in (("forward", "forward"), ("forward_backward", "forward + backward")):
-        line = [
-            (r["seq_len"], r["ratio"])
-            for r in rows
-            if r["pass"] == name and r["kv_heads"] == first["kv_heads"] and r["R"] == first["R"]
-        ]
-        if line:
-            axes.plot(*zip(*line), marker="o", label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.text(rows[0]["seq_len"], 1.08, "dense SDPA", color="grey", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed relative to dense")
-    axes.set_title(
-        f"Whole path, k={first['k']}, C={first['C']}, R={first['R']}, H={first['heads']}, "
-        f"K={first['kv_heads']}, E={first['head_dim']}\n{report['device']}",
-        fontsize=9,
-    )
-    axes.grid(True, which="major", linewidth=0.3)
-    axes.legend(frameon=False)
+    whole = [r for r in rows if r["pass"] != "decode"]
+    steps = [r for r in rows if r["pass"] == "decode"]
+    kinds = [(name, part) for name, part in (("prefill", whole), ("decode", steps)) if part]
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4.2 * len(kinds)), squeeze=False)
+    for (name, part), (left, right) in zip(kinds, axes, strict=True):
+        varied = [key for key in GROUP if len({r[key] for r in part}) > 1]
+        lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for r in sorted(part, key=lambda r: r["seq_len"]):
+            first = r["pass"] if r["pass"] != "decode" else f"batch {r['batch']}"
+            lines.setdefault((first, *(r[k] for k in varied)), []).append(r)
+        for i, (key, mine) in enumerate(lines.items()):
+            shown = [str(key[0]).replace("_", " + ")]
+            shown += [f"{k}={v}" for k, v in zip(varied, key[1:], strict=True)]
+            label, x = " ".join(shown), [r["seq_len"] for r in mine]
+            left.plot(x, [r["ratio"] for r in mine], marker="o", color=f"C{i}", label=label)
+            right.plot(x, [r["ours_ms"] for r in mine], marker="o", color=f"C{i}", label=label)
+            dense = [r["dense_ms"] for r in mine]
+            right.plot(x, dense, "--", marker=".", color=f"C{i}", label=f"{label}, dense")
+        left.axhline(1, color="grey", linewidth=0.8)
+        left.set_ylabel("speed relative to dense")
+        right.set_ylabel("milliseconds")
+        left.set_title(f"{name}, whole path: {_subject(part)}", fontsize=8)
+        right.set_title(report["device"], fontsize=8)
+        _length_axis(left, part, "{:g}x")
+        _length_axis(right, part, "{:g}")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def plot_indexer(report: dict[str, Any], path: Path) -> None:
+    """Scoring and selection beside torch.topk; the objective beside the attention; recall against
+    cost of coarse to fine, at the longest length."""
+    from matplotlib import pyplot as plt
+
+    rows = report["records"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
+    select = [r for r in rows if r["pass"] == "select"]
+    learn = [r for r in rows if r["pass"] == "objective"]
+    for axes, part, lines in (
+        (left, select, {"choose_ms": "select", "score_ms": "scoring", "topk_ms": "torch.topk"}),
+        (
+            middle,
+            learn,
+            {
+                "attend_ms": "attention",
+                "selected_kl_ms": "KL on selected",
+                "dense_kl_ms": "KL on all keys of a few tiles",
+            },
+        ),
+    ):
+        for mode in sorted({r["mode"] for r in part}):
+            mine = sorted((r for r in part if r["mode"] == mode), key=lambda r: r["seq_len"])
+            for i, (key, label) in enumerate(lines.items()):
+                style = {"tile": "-", "block": "--", "token": ":"}[mode]
+                x, y = [r["seq_len"] for r in mine], [r[key] for r in mine]
+                axes.plot(x, y, style, marker="o", color=f"C{i}", label=f"{label}, {mode}")
+        axes.set_ylabel("milliseconds")
+        if part:
+            _length_axis(axes, part, "{:g}")
+    left.set_title("scoring and selection", fontsize=9)
+    middle.set_title("objective, forward + backward", fontsize=9)
+    _recall(right, [r for r in rows if r["pass"] == "hierarchical"])
+    figure.suptitle(f"{report['device']}; {_subject(rows)}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _recall(axes: Any, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        axes.set_axis_off()
+        return
+    longest = max(r["seq_len"] for r in rows)
+    rows = [r for r in rows if r["seq_len"] == longest]
+    for pool in sorted({r["pool"] for r in rows}):
+        mine = sorted((r for r in rows if r["pool"] == pool), key=lambda r: r["survivors"])
+        cost = [r["scored"] / r["scored_exact"] for r in mine]
+        axes.plot(cost, [r["recall"] for r in mine], marker="o", label=f"pools of {pool} keys")
+        for x, r in zip(cost, mine, strict=True):
+            axes.annotate(r["survivors"], (x, r["recall"]), fontsize=6, xytext=(2, 3),
+                          textcoords="offset points")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_xlabel("scores computed, of the exact indexer's")
+    axes.set_ylabel("recall of the exact choice")
+    axes.set_title(f"coarse to fine, {longest:,} tokens; numbers: survivors", fontsize=9)
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(frameon=False, fontsize=7, handlelength=3)
+
+
+def _length_axis(axes: Any, rows: list[dict[str, Any]], form: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({r["seq_len"] for r in rows}))
+    axes.xaxis.set_major_formatter(lambda value, _: _tokens(value))
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # decades alone would leave it without numbers
+        axes.set_yticks([d * 10**e for e in range(-4, 7) for d in (1, 2, 5)])
+        axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(lambda value, _: form.format(value))
+    axes.set_xlabel("tokens")
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(frameon=False, fontsize=7, handlelength=3)
+
+
+def _tokens(value: float) -> str:
+    return f"{value / 2**20:g}M" if value >= 2**20 else f"{value / 1024:g}K"
+
+
+def _subject(rows: list[dict[str, Any]]) -> str:
+    """What all records have in common."""
+    names = {"heads": "H", "kv_heads": "K", "head_dim": "E", "k": "k", "C": "C", "R": "R"}
+    same = [(t, {r[n] for r in rows}) for n, t in names.items()]
+    return ", ".join(f"{t}={v.pop()}" for t, v in same if len(v) == 1)
+
+
+def merged(paths: Iterable[Path]) -> dict[str, Any]:
+    """One report with the records of all; raises ValueError unless they are of one device."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    if len({r["device"] for r in reports}) > 1:
+        raise ValueError("these reports are of different devices")
+    return reports[0] | {"records": [row for r in reports for row in r["records"]]}
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "h200.json"
-    report = json.loads(path.read_text())
-    (HERE / "table.md").write_text(table(report))
-    plot(report, HERE / "speed.png")
-    print(table(report))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h200.json"]
+    report, folder = merged(paths), paths[0].parent
+    if any("topk_ms" in row for row in report["records"]):
+        text = table(report, INDEXER_COLUMNS)
+        (folder / "indexer.md").write_text(text)
+        plot_indexer(report, folder / "indexer.png")
+    else:
+        text = table(report, COLUMNS)
+        (folder / "table.md").write_text(text)
+        plot(report, folder / "speed.png")
+    print(text)
 
 
 if __name__ == "__main__":
