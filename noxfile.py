@@ -45,6 +45,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """compute-sanitizer on a handful of kernel tests; needs a GPU and the CUDA toolkit."""
+    install(session, "-e", ".[dev]")
+    session.run("python", "experiments/speed/sanitize.py", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """A wheel, installed into a clean environment and run away from the checkout."""
     install(session, "build")

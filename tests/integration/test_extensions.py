@@ -114,6 +114,7 @@ def test_the_first_party_uses_every_hook():
         "eval_task": ["perplexity"],
         "callback": ["loss_spikes"],
         "report_section": ["attention"],
+        "benchmark": ["attention", "capture", "indexer"],
     }
 
 
@@ -171,6 +172,7 @@ def test_the_default_of_a_callback_is_off():
     [
         ("data", "Extension('x', 'm:C')", "subclass of DataConfig"),
         ("callback", "Extension('x', 'm:C')", "subclass of CallbackSettings"),
+        ("benchmark", "Extension('x', 'm:C')", "subclass of BenchmarkSettings"),
         ("eval_task", "Extension('x', 'no colon')", "package.module:name"),
         ("eval_task", "Extension('X y', 'm:C')", "lower-case"),
         ("report_section", "'x'", "must return Extension records"),

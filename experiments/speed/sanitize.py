@@ -1,0 +1,74 @@
+"""compute-sanitizer over a handful of kernel tests on the GPU at hand: memcheck, then racecheck.
+
+    python experiments/speed/sanitize.py                          the tests in TESTS
+    python experiments/speed/sanitize.py --tool memcheck -- FILE -k NAME     others
+
+Every access of every kernel is checked, so shapes must be tiny. Allocations are not cached, else
+an access past a tensor would fall into its neighbour unseen. Exits with 1 if a tool found an error
+or a test failed, with 2 where there is no compute-sanitizer or no CUDA device.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# File under tests/unit -> which of its tests (pytest -k).
+TESTS = {
+    "test_triton_attention.py": (
+        "(is_the_reference or lists_of_single_queries) and 63 and docs and kv"
+        " or half_precision and 24 and float16"
+    ),
+}
+OPTIONS = {
+    "memcheck": ["--leak-check", "no"],
+    "racecheck": ["--racecheck-report", "analysis"],
+    "initcheck": [],
+    "synccheck": [],
+}
+PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", nargs="+", choices=list(OPTIONS))
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
+    args = parser.parse_args()
+    search = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
+    program = shutil.which("compute-sanitizer", path=search)
+    if program is None:
+        print("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
+        return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+        return 2
+    runs = [args.pytest] if args.pytest else [[str(_file(f)), "-k", k] for f, k in TESTS.items()]
+    failed = []
+    for tool in args.tool or ("memcheck", "racecheck"):
+        for words in runs:
+            if check(program, tool, words):
+                failed.append(f"{tool}: {' '.join(words)}")
+    print("\n".join(["FAILED", *failed]) if failed else "no errors")
+    return 1 if failed else 0
+
+
+def _file(name: str) -> Path:
+    return ROOT / "tests" / "unit" / name
+
+
+def check(program: str, tool: str, words: list[str]) -> int:
+    """The exit code of pytest under one tool; 99 if the tool found something."""
+    command = [program, "--tool", tool, *OPTIONS[tool], "--error-exitcode", "99"]
+    command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
+    print("+", " ".join(command), flush=True)
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, env=environ, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What the benchmarks count and time, against brute force over the whole mask."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import granularity_id, make_factors, make_selection
+
+from gsa_kernels.bench.case import Shape, make_case
+from gsa_kernels.bench.indexer import topk_blocks
+from gsa_kernels.bench.verify import recall, wrong
+from gsa_kernels.bench.work import CARRIER, UNITED, Rates, shares, work
+from gsa_kernels.selection import SelectionSpec as Spec
+from gsa_plugins.bench.beside import query_lists
+
+SHAPE = Shape(
+    "tile",
+    Spec(16, 16, window=20, sinks=5),
+    161,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    k=80,
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    batch=2,
+    index_heads=2,
+    index_dim=8,
+)
+ROOT = Path(__file__).parents[2]
+
+
+def blocks_of(selection):
+    """Per batch, selection head and tile: the set of blocks it attends."""
+    blocks, valid = selection.slots(slice(None))
+    return [
+        [[set(b[v].tolist()) for b, v in zip(*tiles)] for tiles in zip(*heads)]
+        for heads in zip(blocks, valid)
+    ]
+
+
+@pytest.mark.parametrize("granularity", [(16, 16), (4, 32), (16, 1), (1, 1)], ids=granularity_id)
+@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "kv"])
+def test_work_is_counted_of_the_selection(granularity, heads):
+    c, r = granularity
+    selection = make_selection(100, granularity, heads=heads)
+    found = work(selection, heads=4, kv_heads=2)
+    mask = selection.to_dense_mask()
+    assert found.pairs == int(mask.sum()) * 4 // heads
+    keys = 0
+    for sample in blocks_of(selection):
+        for tiles in sample:
+            if r > 1:
+                keys += sum(map(len, tiles)) * c
+                continue
+            size = c if c >= 16 else CARRIER
+            for low in range(0, len(tiles), UNITED):
+                union = set().union(*tiles[low : low + UNITED])
+                keys += len({block * c // size for block in union}) * size
+    group = r if r > 1 else UNITED
+    assert found.rows == keys * 2 / heads and found.computed == keys * group * 4 / heads
+    assert found.inflation >= 1
+
+
+def test_shares_of_the_bound():
+    case = make_case(SHAPE)
+    found = work(case.choose(), 4, 2)
+    flops = 2 * 2 * 16 * found.pairs
+    moved = 4 * 2 * (case.q.numel() + case.k.numel())
+    rates = Rates(flops=flops / 2e-3, bytes_s=moved / 1e-3)
+    got = shares(case.q, case.k, found, False, 4.0, rates)
+    assert got["flops"] == flops and got["bytes"] == moved
+    assert got["flops_share"] == pytest.approx(0.5) and got["bytes_share"] == pytest.approx(0.25)
+    assert got["roofline"] == pytest.approx(0.5)
+    both = shares(case.q, case.k, found, True, 4.0, rates)
+    assert both["flops"] == 3.5 * flops and both["bytes"] == 3 * moved
+    assert both["bytes_gathered"] > 2 * got["bytes_gathered"]
+
+
+@pytest.mark.parametrize("granularity", [(16, 16), (8, 32), (16, 1)], ids=granularity_id)
+def test_lists_of_each_query_hold_its_keys(granularity):
+    selection = make_selection(100, granularity)
+    indices, counts = query_lists(selection, kv_heads=2)
+    c = granularity[0]
+    mask = selection.to_dense_mask()
+    for b, t in ((0, 0), (0, 37), (1, 99)):
+        for head in range(2):
+            chosen = indices[b, t, head, : counts[b, t, head]].tolist()
+            keys = {k for block in chosen for k in range(block * c, block * c + c) if k <= t}
+            assert len(chosen) == len(set(chosen)) and min(chosen) >= 0
+            assert keys == set(mask[b, 0, t].nonzero().flatten().tolist())
+
+
+def test_decoding_is_the_last_row_of_the_whole_path():
+    case = make_case(SHAPE)  # 161 tokens: the last begins a tile
+    torch.testing.assert_close(case.last().forward(), case.forward()[:, -1:])
+
+
+@pytest.mark.parametrize("inputs", ["random", "smooth"])
+def test_topk_pipeline_chooses_the_same_blocks(inputs):
+    case = make_case(replace(SHAPE, inputs=inputs))
+    assert recall(case.choose().blocks_BHQN, topk_blocks(case)) > 0.95
+
+
+def test_recall():
+    wanted = torch.tensor([[[[0, 3, 5], [1, -1, -1]]]])
+    got = torch.tensor([[[[0, 4, 5], [-1, -1, -1]]]])
+    assert recall(got, wanted) == 0.5 and recall(wanted, wanted) == 1
+    assert recall(got, torch.full_like(wanted, -1)) == 1
+
+
+@pytest.mark.parametrize("mode", ["tile", "block", "token"])
+def test_the_check_accepts_what_is_right(mode):
+    spec = {
+        "tile": SHAPE.spec,
+        "block": Spec(16, 1, 20, 5),
+        "token": Spec(1, 1, 8),
+    }
+    case = make_case(replace(SHAPE, mode=mode, spec=spec[mode], seq_len=100, batch=1))
+    found, problems = wrong(case)
+    assert not problems and found["selection"] == 1
+
+
+def test_the_check_finds_a_wrong_sum_and_a_wrong_choice(monkeypatch):
+    from gsa_kernels.select import eager as choosing
+    from gsa_kernels.sparse_attention import eager
+
+    case, right = make_case(SHAPE), eager.attend
+    with monkeypatch.context() as patch:
+
+        def attend(q, k, v, *rest):
+            return right(q, k, v * 1.001, *rest)
+
+        patch.setattr(eager, "attend", attend)
+        assert any("out is wrong" in text for text in wrong(case)[1])
+    best = choosing.choose
+
+    def worst(scored, wanted, width):
+        return best(replace(scored, scores=-scored.scores), wanted, width)
+
+    monkeypatch.setattr(choosing, "choose", worst)
+    assert any("selection agrees" in text for text in wrong(case)[1])
+
+
+def test_captured_tensors_are_cropped_or_refused():
+    f = make_factors(40, batch=1)
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 40, 4, 16, generator=g), torch.randn(1, 40, 2, 16, generator=g)
+    captured = {
+        "q_BTHE": q, "k_BSKE": k, "v_BSKE": k + 1, "value_gate_BTKE": None,
+        "output_gate_BTHE": torch.rand(1, 40, 4, 1, generator=g), "index_q_BTJI": f.q_BTJI,
+        "index_k_BSI": f.k_BSI, "index_weight_BTJ": f.weight_BTJ, "index_bias_J": f.bias_J,
+        "scale": f.scale, "activation": "sigmoid", "block_score": "mean",
+    }  # fmt: skip
+    shape = replace(SHAPE, inputs="checkpoint", seq_len=33)
+    case = make_case(shape, captured)
+    assert torch.equal(case.q, q[:, :33].expand(2, -1, -1, -1)) and case.value_gate is None
+    assert case.forward().shape == (2, 33, 4, 16)
+    case.learn().train(torch.randn(2, 33, 4, 16))
+    with pytest.raises(ValueError, match="holds 40 tokens, not 41"):
+        make_case(replace(shape, seq_len=41), captured)
+
+
+def test_reports_of_before_and_now_are_drawn(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib")
+    plt.use("Agg")
+    path = ROOT / "experiments" / "speed" / "report.py"
+    spec = importlib.util.spec_from_file_location("speed_report", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    old = module.merged([path.with_name("h200.json"), path.with_name("h200_heads.json")])
+    assert "scoring and selection, ms" in module.table(old, module.COLUMNS)
+    row = old["records"][0]
+    new = {**row, "score_ms": 1.0, "select_ms": 0.5, "inputs": "checkpoint"}
+    step = {**new, "pass": "decode", "batch": 8}
+    mixed = old | {"records": [*old["records"], new, step]}
+    assert "| 1.00 | 0.50 |" in module.table(mixed, module.COLUMNS)
+    module.plot(mixed, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
