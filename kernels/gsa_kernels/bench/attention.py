@@ -67,39 +67,39 @@ def decode_record(
     others: dict[str, Attend] | None = None,
     budget_s: float = 1.0,
 ) -> dict[str, Any]:
-    """One record of a single query against a cache; `case` holds the cache and that query.
+    """One record of a single query against a cache: the case's query and its keys.
 
     ours_ms is a step that scores the whole cache and chooses anew. In tile mode this happens at
     one step of R; reuse_ms is the others', which go on with the tile's choice.
     """
-    last, device = case.last(), case.q.device
+    device = case.q.device
     r = shape.spec.query_tile
-    assert last.factors.q_start % r == 0, "the query must begin a tile"
+    assert case.factors.q_start % r == 0, "the query must begin a tile"
     with torch.no_grad():
-        selection = last.choose()
+        selection = case.choose()
 
         def attention() -> Tensor:
-            return sparse_attention(last.q, last.k, last.v, selection, impl=last.impl).out_BTHE
+            return sparse_attention(case.q, case.k, case.v, selection, impl=case.impl).out_BTHE
 
         times = {
-            "score_ms": milliseconds(last.score, device, budget_s),
-            "choose_ms": milliseconds(last.choose, device, budget_s),
+            "score_ms": milliseconds(case.score, device, budget_s),
+            "choose_ms": milliseconds(case.choose, device, budget_s),
             "attend_ms": milliseconds(attention, device, budget_s),
-            "ours_ms": milliseconds(last.forward, device, budget_s),
+            "ours_ms": milliseconds(case.forward, device, budget_s),
         }
         if r > 1:
-            times["reuse_ms"] = milliseconds(lambda: last.attend(selection), device, budget_s)
-        extra = peak_bytes(last.forward, device)
-    found, refused = dense_times(last.q, last.k, last.v, dense, False, others, budget_s)
+            times["reuse_ms"] = milliseconds(lambda: case.attend(selection), device, budget_s)
+        extra = peak_bytes(case.forward, device)
+    found, refused = dense_times(case.q, case.k, case.v, dense, False, others, budget_s)
     record = _record(shape, "decode", times, found, refused, extra)
     if r > 1:
         mean = (times["ours_ms"] + (r - 1) * times["reuse_ms"]) / r
         record["ratio_mean_step"] = record["dense_ms"] / mean
     counted = work(selection, shape.heads, shape.kv_heads)
-    record["cache_keys"] = last.k.shape[1] - 1
+    record["cache_keys"] = case.k.shape[1] - 1
     record["keys_attended"] = counted.pairs / (shape.heads * shape.batch)
     return record | shares(
-        last.q, _read(last.k, counted), counted, False, times["attend_ms"], rates
+        case.q, _read(case.k, counted), counted, False, times["attend_ms"], rates
     )
 
 

@@ -146,46 +146,56 @@ class Case:
         torch.autograd.grad(outputs, self.leaves, gradients, allow_unused=True)
 
     def last(self, queries: int = 1) -> "Case":
-        """Only the last queries, the others' keys being a cache."""
-        start = self.k.shape[1] - queries
-        f = self.factors
-        q_start = f.q_start + self.q.shape[1] - queries
-        factors = replace(
-            f, q_BTJI=f.q_BTJI[:, -queries:], weight_BTJ=f.weight_BTJ[:, -queries:],
-            q_start=q_start,
-        )  # fmt: skip
-        assert q_start == start
+        """Only the last queries; the keys are a cache, and values are cached with their gate."""
+        f, start = self.factors, self.k.shape[1] - queries
+        q, weight = f.q_BTJI[:, -queries:], f.weight_BTJ[:, -queries:]
         gate = None if self.output_gate is None else self.output_gate[:, -queries:]
-        # Values are cached with their gate.
-        return replace(self, q=self.q[:, -queries:], v=self.gated_values, value_gate=None,
-                       output_gate=gate, factors=factors)  # fmt: skip
+        return replace(
+            self,
+            q=self.q[:, -queries:],
+            v=self.gated_values,
+            value_gate=None,
+            output_gate=gate,
+            factors=replace(f, q_BTJI=q, weight_BTJ=weight, q_start=start),
+        )
 
 
-def make_case(shape: Shape, captured: dict[str, Any] | None = None, seed: int = 0) -> Case:
-    """The inputs of a shape. captured: the tensors of a layer (see `from_capture`), for
-    inputs="checkpoint"."""
+def make_case(
+    shape: Shape, captured: dict[str, Any] | None = None, queries: int = 0, seed: int = 0
+) -> Case:
+    """The inputs of a shape; with `queries` only so many last ones, of seq_len keys in a cache.
+
+    captured: the tensors of a layer (see `from_capture`), for inputs="checkpoint".
+    """
     if shape.inputs == "checkpoint":
         assert captured is not None
-        return from_capture(shape, captured)
+        return from_capture(shape, captured, queries)
     g = torch.Generator(shape.device).manual_seed(seed)
-    b, t, e, j, i = shape.batch, shape.seq_len, shape.head_dim, shape.index_heads, shape.index_dim
+    e, j, i = shape.head_dim, shape.index_heads, shape.index_dim
+    keys, rows = shape.seq_len, queries or shape.seq_len
 
     def draw(*size: int, rand: Callable[..., Tensor] = torch.randn) -> Tensor:
-        return rand(b, t, *size, device=shape.device, generator=g).to(shape.dtype)
+        return rand(shape.batch, *size, device=shape.device, dtype=shape.dtype, generator=g)
 
-    index_q = draw(j, i)
+    index_q = draw(rows, j, i)
     if shape.inputs == "smooth":
         index_q = _smooth(index_q, shape.memory)
-    bias = torch.zeros(j, device=shape.device, dtype=shape.dtype)
     factors = IndexFactors(
-        index_q, draw(i), draw(j, rand=torch.rand), bias, i**-0.5, heads=shape.spec.heads
+        index_q,
+        draw(keys, i),
+        draw(rows, j, rand=torch.rand),
+        torch.zeros(j, device=shape.device, dtype=shape.dtype),
+        i**-0.5,
+        heads=shape.spec.heads,
+        q_start=keys - rows,
     )
+    kv = (keys, shape.kv_heads, e)
     return Case(
-        draw(shape.heads, e),
-        draw(shape.kv_heads, e),
-        draw(shape.kv_heads, e),
-        draw(shape.kv_heads, e, rand=torch.rand),
-        draw(shape.heads, e, rand=torch.rand),
+        draw(rows, shape.heads, e),
+        draw(*kv),
+        draw(*kv),
+        None if queries else draw(*kv, rand=torch.rand),
+        draw(rows, shape.heads, e, rand=torch.rand),
         factors,
         shape.spec,
         shape.k,
@@ -202,8 +212,9 @@ def _smooth(x_BTJI: Tensor, memory: int) -> Tensor:
     return mean.to(x_BTJI.dtype)
 
 
-def from_capture(shape: Shape, captured: dict[str, Any]) -> Case:
-    """The first seq_len tokens of captured tensors, the same for every sample of the batch.
+def from_capture(shape: Shape, captured: dict[str, Any], queries: int = 0) -> Case:
+    """The first seq_len tokens of captured tensors, the same for every sample of the batch; with
+    `queries` only so many last ones, and values with their gate.
 
     captured: q_BTHE, k_BSKE, v_BSKE (before its gate), value_gate_BTKE and output_gate_BTHE (or
     None), index_q_BTJI, index_k_BSI, index_weight_BTJ, index_bias_J (or None), and the numbers
@@ -216,27 +227,33 @@ def from_capture(shape: Shape, captured: dict[str, Any]) -> Case:
             f"or measure at most {held}"
         )
 
-    def take(name: str) -> Any:
+    def take(name: str, low: int = 0) -> Any:
         x = captured[name]
         if x is None:
             return None
-        x = x[:1, : shape.seq_len].expand(shape.batch, *x[:1, : shape.seq_len].shape[1:])
+        x = x[:1, low : shape.seq_len]
+        x = x.expand(shape.batch, *x.shape[1:])
         return x.to(shape.device, shape.dtype).contiguous()
 
+    low = shape.seq_len - queries if queries else 0
     bias = captured["index_bias_J"]
     factors = IndexFactors(
-        take("index_q_BTJI"),
+        take("index_q_BTJI", low),
         take("index_k_BSI"),
-        take("index_weight_BTJ"),
+        take("index_weight_BTJ", low),
         None if bias is None else bias.to(shape.device, shape.dtype),
         captured["scale"],
         captured["activation"],
         captured["block_score"],
         shape.spec.heads,
+        low,
     )
-    q, k, v = take("q_BTHE"), take("k_BSKE"), take("v_BSKE")
-    gates = take("value_gate_BTKE"), take("output_gate_BTHE")
-    return Case(q, k, v, *gates, factors, shape.spec, shape.k, shape.impl)
+    q, k, v = take("q_BTHE", low), take("k_BSKE"), take("v_BSKE")
+    gate = take("value_gate_BTKE")
+    if queries and gate is not None:
+        v, gate = v * gate, None
+    output_gate = take("output_gate_BTHE", low)
+    return Case(q, k, v, gate, output_gate, factors, shape.spec, shape.k, shape.impl)
 
 
 def shape_of_capture(captured: dict[str, Any]) -> dict[str, int]:

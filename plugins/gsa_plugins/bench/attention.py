@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gsa_kernels.bench.attention import decode_record, layer_record
-from gsa_kernels.bench.case import Shape
+from gsa_kernels.bench.case import Case, Shape
 from gsa_platform.bench import Progress
 from gsa_platform.errors import UserError
 
@@ -21,6 +21,7 @@ class AttentionBench(LayerBench):
     """One record for each combination of length, heads, granularity and pass."""
 
     settings: AttentionBenchSettings
+    compiled_for = 0  # tokens
 
     def run(self, progress: Progress) -> dict[str, Any]:
         s = self.settings
@@ -46,6 +47,12 @@ class AttentionBench(LayerBench):
     def render(self, report: dict[str, Any]) -> str:
         return attention_table(report)
 
+    def checks(self, shape: Shape, label: str) -> Iterator[tuple[str, Case, bool]]:
+        yield from super().checks(shape, label)
+        if "decode" in self.settings.passes:
+            step = replace(shape, seq_len=self._cache(shape) + 1, batch=2)
+            yield f"{label} decode", self.inputs(step, queries=1), False
+
     def _cases(self) -> Iterator[tuple[Shape, str]]:
         s = self.settings
         for shape in self.shapes():
@@ -63,10 +70,13 @@ class AttentionBench(LayerBench):
         cuda = self.device.type == "cuda"
         if name == "decode":
             names = s.dense or (["cudnn", "flash", "efficient", "math"] if cuda else ["math"])
-            case = self.inputs(replace(shape, seq_len=self._cache(shape) + 1))
+            case = self.inputs(replace(shape, seq_len=self._cache(shape) + 1), queries=1)
             return decode_record(shape, case, names, self.rates, others, s.seconds)
         names = s.dense or (["cudnn", "flash", "fa3"] if cuda else ["flash"])
         case = self.inputs(shape)
+        if s.beside and shape.seq_len != self.compiled_for:
+            torch.compiler.reset()  # else the second length is compiled for any length
+            self.compiled_for = shape.seq_len
         row = layer_record(shape, case, name, names, self.rates, others, s.seconds)
         if s.beside:
             backward = name == "forward_backward"

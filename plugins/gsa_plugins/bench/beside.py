@@ -114,7 +114,6 @@ def _flex(shape: Shape, selection: Selection, backward: bool) -> tuple[str, Atte
     config = FlexConfig(
         mode=shape.mode, key_block=spec.key_block, query_tile=spec.query_tile, block=CELLS
     )
-    torch.compiler.reset()  # else the second length is compiled for any length
     layer = flex.FlexSelectedAttention(config, _dims(shape))
     return torch.__version__, _component(layer, selection)
 
@@ -122,7 +121,6 @@ def _flex(shape: Shape, selection: Selection, backward: bool) -> tuple[str, Atte
 def _flex_kernel(shape: Shape, selection: Selection, backward: bool) -> tuple[str, Attend]:
     if shape.device.type == "cpu":
         raise ValueError("FlexAttention's kernel has no backward on a CPU; see flex")
-    torch.compiler.reset()
     mask = selection.to_block_mask(CELLS, heads=shape.heads)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class LayerBench(Benchmark):
                             **sizes,
                         )
 
-    def inputs(self, shape: Shape) -> Case:
-        return make_case(shape, self.captured)
+    def inputs(self, shape: Shape, queries: int = 0) -> Case:
+        return make_case(shape, self.captured, queries)
 
     def begin(self, progress: Progress) -> dict[str, Any]:
         """Check every granularity and number of heads; then the report with the rates measured.
@@ -125,19 +125,24 @@ class LayerBench(Benchmark):
         report["commit"] = self.settings.commit or report["commit"]
         report["checked"] = {}
         for shape in self._checked():
-            name = f"C={shape.spec.key_block} R={shape.spec.query_tile} K={shape.kv_heads}"
-            if name in report["checked"]:
+            label = f"C={shape.spec.key_block} R={shape.spec.query_tile} K={shape.kv_heads}"
+            if label in report["checked"]:
                 continue
-            found, problems = wrong(self.inputs(shape))
-            if problems:
-                raise WrongResultError(f"{name}: " + "; ".join(problems))
-            report["checked"][name] = found
-            worst = max(v for key, v in found.items() if key != "selection")
-            progress.say(f"checked {name}: error {worst:.2f} x that of its precision")
+            for name, case, backward in self.checks(shape, label):
+                found, problems = wrong(case, backward)
+                if problems:
+                    raise WrongResultError(f"{name}: " + "; ".join(problems))
+                report["checked"][name] = found
+                worst = max(v for key, v in found.items() if key != "selection")
+                progress.say(f"checked {name}: error {worst:.2f} x that of its precision")
         self.rates = rates(self.device, self.dtype)
         report["matmul_flops"], report["copy_bytes_s"] = self.rates.flops, self.rates.bytes_s
         report["records"] = []
         return report
+
+    def checks(self, shape: Shape, label: str) -> Iterator[tuple[str, Case, bool]]:
+        """What to check of a shape: (name, inputs, whether with gradients)."""
+        yield label, self.inputs(shape), True
 
     def _checked(self) -> Iterator[Shape]:
         for shape in self.shapes():

@@ -98,6 +98,9 @@ def test_lists_of_each_query_hold_its_keys(granularity):
 def test_decoding_is_the_last_row_of_the_whole_path():
     case = make_case(SHAPE)  # 161 tokens: the last begins a tile
     torch.testing.assert_close(case.last().forward(), case.forward()[:, -1:])
+    step = make_case(SHAPE, queries=1)
+    assert step.q.shape[1] == 1 and step.factors.q_start == 160 and step.value_gate is None
+    assert step.forward().shape == (2, 1, 4, 16)
 
 
 @pytest.mark.parametrize("inputs", ["random", "smooth"])
@@ -156,11 +159,14 @@ def test_captured_tensors_are_cropped_or_refused():
         "index_k_BSI": f.k_BSI, "index_weight_BTJ": f.weight_BTJ, "index_bias_J": f.bias_J,
         "scale": f.scale, "activation": "sigmoid", "block_score": "mean",
     }  # fmt: skip
-    shape = replace(SHAPE, inputs="checkpoint", seq_len=33)
+    shape = replace(SHAPE, inputs="checkpoint", seq_len=33)  # the last begins a tile
     case = make_case(shape, captured)
     assert torch.equal(case.q, q[:, :33].expand(2, -1, -1, -1)) and case.value_gate is None
     assert case.forward().shape == (2, 33, 4, 16)
     case.learn().train(torch.randn(2, 33, 4, 16))
+    captured["value_gate_BTKE"] = torch.rand(1, 40, 2, 16, generator=g)
+    case, step = (make_case(shape, captured, queries) for queries in (0, 1))
+    torch.testing.assert_close(step.forward(), case.last().forward())
     with pytest.raises(ValueError, match="holds 40 tokens, not 41"):
         make_case(replace(shape, seq_len=41), captured)
 
