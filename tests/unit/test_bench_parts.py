@@ -13,7 +13,7 @@ from kernel_cases import granularity_id, make_factors, make_selection
 from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import topk_blocks
 from gsa_kernels.bench.verify import recall, wrong
-from gsa_kernels.bench.work import CARRIER, UNITED, Rates, shares, work
+from gsa_kernels.bench.work import UNITED, Rates, shares, work
 from gsa_kernels.selection import SelectionSpec as Spec
 from gsa_plugins.bench.beside import query_lists
 
@@ -57,10 +57,8 @@ def test_work_is_counted_of_the_selection(granularity, heads):
             if r > 1:
                 keys += sum(map(len, tiles)) * c
                 continue
-            size = c if c >= 16 else CARRIER
             for low in range(0, len(tiles), UNITED):
-                union = set().union(*tiles[low : low + UNITED])
-                keys += len({block * c // size for block in union}) * size
+                keys += len(set().union(*tiles[low : low + UNITED])) * c
     group = r if r > 1 else UNITED
     assert found.rows == keys * 2 / heads and found.computed == keys * group * 4 / heads
     assert found.inflation >= 1

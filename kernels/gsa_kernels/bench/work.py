@@ -13,7 +13,7 @@ from torch import Tensor
 from gsa_kernels.selection import Selection
 
 UNITED = 16  # neighbouring queries that share their gathers where R = 1
-CARRIER = 32  # keys gathered together where single keys are chosen by single queries
+OWNED = 16  # keys of the smallest blocks whose gradients are owned and not added atomically
 _CHUNK = 1 << 24  # slots looked at at once
 
 
@@ -21,7 +21,7 @@ _CHUNK = 1 << 24  # slots looked at at once
 class Work:
     """pairs attended and pairs computed over all query heads; key rows fetched over all kv heads
     and groups of queries (each a key and a value of E channels); group: queries per program;
-    block: keys fetched together."""
+    block: C."""
 
     pairs: float
     computed: float
@@ -48,13 +48,14 @@ def work(selection: Selection, heads: int, kv_heads: int) -> Work:
     spec = selection.spec
     pairs = float(selection.attended_BHT().double().sum()) * heads / _choices(selection)
     if spec.query_tile > 1:
-        group, block, blocks = spec.query_tile, spec.key_block, _tile_blocks(selection)
+        group, blocks = spec.query_tile, _tile_blocks(selection)
     else:
-        group, block = UNITED, spec.key_block if spec.key_block >= 16 else CARRIER
-        blocks = _union_blocks(selection, block)
+        group, blocks = UNITED, _union_blocks(selection)
     group = min(group, selection.n_queries)
-    keys = blocks * block / _choices(selection)  # per head, summed over the groups of queries
-    return Work(pairs, keys * group * heads, keys * kv_heads, group, block)
+    keys = (
+        blocks * spec.key_block / _choices(selection)
+    )  # per head, summed over the groups of queries
+    return Work(pairs, keys * group * heads, keys * kv_heads, group, spec.key_block)
 
 
 def _choices(selection: Selection) -> int:
@@ -74,12 +75,12 @@ def _tile_blocks(selection: Selection) -> float:
     return float(sum(selection.slots(part)[1].sum() for part in _tiles(selection)))
 
 
-def _union_blocks(selection: Selection, carrier: int) -> float:
-    """Carriers of `carrier` keys in the unions of UNITED neighbouring queries, all of them."""
+def _union_blocks(selection: Selection) -> float:
+    """Blocks in the unions of UNITED neighbouring queries, over all of them."""
     total = 0.0
     for part in _tiles(selection, UNITED):
         blocks, valid = selection.slots(part)
-        place = (blocks * selection.spec.key_block // carrier).masked_fill(~valid, -1)
+        place = blocks.masked_fill(~valid, -1)
         missing = -place.shape[2] % UNITED
         place = torch.nn.functional.pad(place, (0, 0, 0, missing), value=-1)
         total += _distinct(place.unflatten(2, (-1, UNITED)).flatten(3))
@@ -99,7 +100,8 @@ def traffic(q: Tensor, k: Tensor, found: Work, backward: bool) -> tuple[float, f
 
     Compulsory: q, k, v and out once; with the backward also their gradients and the second
     reading, three times as much. Gathered: what the programs fetch for their lists; the backward
-    fetches keys for dq again, and for dk and dv the queries and output gradients of every block.
+    fetches keys for dq again, and for dk and dv the queries and output gradients of every block,
+    or adds to the gradients of every key where blocks are small.
     """
     item, width = q.element_size(), q.shape[-1]
     small = 2.0 * q.numel() * item
@@ -107,6 +109,8 @@ def traffic(q: Tensor, k: Tensor, found: Work, backward: bool) -> tuple[float, f
     gathered = small + 2.0 * found.rows * width * item
     if not backward:
         return compulsory, gathered
+    if found.block < OWNED:  # float32 of every fetched key and value
+        return 3 * compulsory, 2 * gathered + 2.0 * found.rows * width * 4
     # A block of one kv head meets group x (H / K) query rows in every group that chose it.
     queries = found.rows / found.block * found.group * (q.shape[2] / k.shape[2])
     return 3 * compulsory, 2 * gathered + 2.0 * queries * width * item
