@@ -52,9 +52,8 @@ def work(selection: Selection, heads: int, kv_heads: int) -> Work:
     else:
         group, blocks = UNITED, _union_blocks(selection)
     group = min(group, selection.n_queries)
-    keys = (
-        blocks * spec.key_block / _choices(selection)
-    )  # per head, summed over the groups of queries
+    # Per head, summed over the groups of queries.
+    keys = blocks * spec.key_block / _choices(selection)
     return Work(pairs, keys * group * heads, keys * kv_heads, group, spec.key_block)
 
 
