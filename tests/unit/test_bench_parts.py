@@ -14,6 +14,7 @@ from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import topk_blocks
 from gsa_kernels.bench.verify import recall, wrong
 from gsa_kernels.bench.work import UNITED, Rates, shares, work
+from gsa_kernels.select.api import select
 from gsa_kernels.selection import SelectionSpec as Spec
 from gsa_plugins.bench.beside import query_lists
 
@@ -127,7 +128,7 @@ def test_the_check_accepts_what_is_right(mode):
 
 
 def test_the_check_finds_a_wrong_sum_and_a_wrong_choice(monkeypatch):
-    from gsa_kernels.select import eager as choosing
+    from gsa_kernels.bench import case as timed
     from gsa_kernels.sparse_attention import eager
 
     case, right = make_case(SHAPE), eager.attend
@@ -138,12 +139,11 @@ def test_the_check_finds_a_wrong_sum_and_a_wrong_choice(monkeypatch):
 
         patch.setattr(eager, "attend", attend)
         assert any("out is wrong" in text for text in wrong(case)[1])
-    best = choosing.choose
 
-    def worst(scored, wanted, width):
-        return best(replace(scored, scores=-scored.scores), wanted, width)
+    def worst(factors, *rest, **options):
+        return select(replace(factors, k_BSI=-factors.k_BSI), *rest, **options)
 
-    monkeypatch.setattr(choosing, "choose", worst)
+    monkeypatch.setattr(timed, "select", worst)
     assert any("selection agrees" in text for text in wrong(case)[1])
 
 
