@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import granularity_id, make_factors, make_selection
 
+from gsa_kernels.bench import dense
 from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import topk_blocks
 from gsa_kernels.bench.verify import recall, wrong
@@ -100,6 +102,29 @@ def test_decoding_is_the_last_row_of_the_whole_path():
     step = make_case(SHAPE, queries=1)
     assert step.q.shape[1] == 1 and step.factors.q_start == 160 and step.value_gate is None
     assert step.forward().shape == (2, 1, 4, 16)
+
+
+@pytest.mark.parametrize("queries", [1, 161])
+def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
+    seen = []
+
+    def run(call, device, budget_s):
+        seen.append(call.args[0](*call.args[1:4]))
+        return 1.0
+
+    monkeypatch.setattr(dense, "milliseconds", run)
+    case = make_case(SHAPE, queries=queries)
+
+    def other(q, k, v):
+        k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+        mask = torch.ones(queries, 161, dtype=torch.bool).tril(161 - queries)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+
+    tensors, names = (case.q, case.k, case.v), ["math", "flash", "cudnn", "other"]
+    found, refused = dense.dense_times(*tensors, names, False, {"other": other})
+    assert set(found) == {"math", "flash", "other"} and "cudnn" in refused
+    for out in seen[:2]:
+        torch.testing.assert_close(out.reshape(2, 4, queries, 16).transpose(1, 2), seen[-1])
 
 
 @pytest.mark.parametrize("inputs", ["random", "smooth"])

@@ -34,15 +34,19 @@ def dense_times(
     """(milliseconds of each backend that runs here, why the others do not).
 
     T = S: causal; one query of many keys sees them all. others: further backends by name, which
-    take and give [B, T, H, E]; those of SDPA get the layout that costs them no copy.
+    take and give [B, T, H, E]; those of SDPA get the layout that costs them no copy, and of a
+    single query the heads of a group as its queries, so that keys are read once.
     """
     found, refused = {}, {}
     queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
     assert queries in (1, keys)
-    wide = [x.detach() for x in (q_BTHE, k_BSKE, v_BSKE)]
+    given = [x.detach() for x in (q_BTHE, k_BSKE, v_BSKE)]
+    first = [x.transpose(1, 2).contiguous() for x in given]  # once: a cache is large
+    if queries == 1:
+        first[0] = first[0].reshape(len(first[0]), k_BSKE.shape[2], -1, q_BTHE.shape[3])
     for name in names:
         foreign = others.get(name) if others else None
-        layout = wide if foreign else [_heads_first(x) for x in wide]
+        layout = given if foreign else first
         q, k, v = (x.detach().requires_grad_(backward) for x in layout)
         run = partial(_run, foreign or _sdpa(name, queries > 1), q, k, v, torch.randn_like(q))
         try:
@@ -59,10 +63,6 @@ def _run(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
     out = attend(q, k, v)
     if q.requires_grad:
         torch.autograd.grad(out, (q, k, v), dout)
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous()
 
 
 def _sdpa(name: str, causal: bool) -> Attend:
