@@ -123,7 +123,7 @@ def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):
         (["attention", "--kv-heads", "3", "--heads", "4"], ["do not divide"]),
         (["attention", "--inputs", "checkpoint"], ["--checkpoint PATH"]),
         (["attention", "--impl", "triton", "--device", "cpu", "--mode", "token"], ["triton"]),
-        (["indexer", "--pool", "0"], ["at least 1"]),
+        (["indexer", "--survivors", "0"], ["at least 1"]),
         (["capture"], ["--checkpoint PATH"]),
     ],
 )

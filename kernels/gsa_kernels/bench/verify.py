@@ -69,15 +69,15 @@ def overlap(case: Case, selection: Selection) -> float:
 
 
 def recall(got_BHQN: Tensor, wanted_BHQN: Tensor) -> float:
-    """Share of the wanted blocks that were got; 1 if none were wanted."""
-    wanted = wanted_BHQN >= 0
-    if not bool(wanted.any()):
+    """Share of the wanted blocks that were got, both ascending with -1 at the end; 1 if none were
+    wanted."""
+    valid = wanted_BHQN >= 0
+    if not bool(valid.any()):
         return 1.0
-    hits = torch.zeros((), dtype=torch.long, device=wanted.device)
-    rows = max(1, (1 << 24) // max(1, wanted.shape[-1] ** 2))
-    for got, want in zip(
-        got_BHQN.flatten(0, 2).split(rows), wanted_BHQN.flatten(0, 2).split(rows), strict=True
-    ):
-        same = (got[:, None] == want[..., None]) & (want >= 0)[..., None]
-        hits += same.any(-1).sum()
-    return float(hits) / float(wanted.sum())
+    if got_BHQN.shape[-1] == 0:
+        return 0.0
+    last = torch.iinfo(got_BHQN.dtype).max
+    got = got_BHQN.masked_fill(got_BHQN < 0, last)
+    place = torch.searchsorted(got, wanted_BHQN.contiguous()).clamp_max(got.shape[-1] - 1)
+    hit = (got.gather(-1, place) == wanted_BHQN) & valid
+    return float(hit.sum()) / float(valid.sum())

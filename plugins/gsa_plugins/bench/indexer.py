@@ -19,8 +19,8 @@ class IndexerBench(LayerBench):
 
     def __init__(self, settings: IndexerBenchSettings) -> None:
         super().__init__(settings)
-        if any(n < 1 for n in (*settings.pool, *settings.survivors)):
-            raise ValueError("--pool and --survivors must be at least 1")
+        if min(settings.pool) < 0 or min(settings.survivors) < 1:
+            raise ValueError("--survivors must be at least 1, and --pool (0 leaves it out)")
 
     def run(self, progress: Progress) -> dict[str, Any]:
         self.load(progress)
@@ -59,6 +59,8 @@ class IndexerBench(LayerBench):
                     lambda shape, case: [objective_record(shape, case, s.dense_rows, s.seconds)],
                 )
             )
+        if 0 in s.pool:
+            return parts
         parts.append(
             (
                 "hierarchical",

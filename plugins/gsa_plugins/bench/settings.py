@@ -56,7 +56,7 @@ class AttentionBenchSettings(LayerBenchSettings):
 
 @dataclass
 class IndexerBenchSettings(LayerBenchSettings):
-    pool: list[int] = field(default_factory=lambda: [128, 256, 512])  # coarse to fine
+    pool: list[int] = field(default_factory=lambda: [128, 256, 512])  # 0: leave it out
     survivors: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
     dense_rows: int = 8  # query tiles of the KL over every candidate; 0 = no KL
 
