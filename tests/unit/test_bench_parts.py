@@ -98,7 +98,7 @@ def test_lists_of_each_query_hold_its_keys(granularity):
 
 def test_decoding_is_the_last_row_of_the_whole_path():
     case = make_case(SHAPE)  # 161 tokens: the last begins a tile
-    torch.testing.assert_close(case.last().forward(), case.forward()[:, -1:])
+    torch.testing.assert_close(case.query(160).forward(), case.forward()[:, -1:])
     step = make_case(SHAPE, queries=1)
     assert step.q.shape[1] == 1 and step.factors.q_start == 160 and step.value_gate is None
     assert step.forward().shape == (2, 1, 4, 16)
@@ -109,10 +109,11 @@ def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
     seen = []
 
     def run(call, device, budget_s):
-        seen.append(call.args[0](*call.args[1:4]))
+        call()
         return 1.0
 
     monkeypatch.setattr(dense, "milliseconds", run)
+    monkeypatch.setattr(dense, "_run", lambda attend, qkv, dout: seen.append(attend(*qkv)))
     case = make_case(SHAPE, queries=queries)
 
     def other(q, k, v):
@@ -120,8 +121,8 @@ def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
         mask = torch.ones(queries, 161, dtype=torch.bool).tril(161 - queries)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
-    tensors, names = (case.q, case.k, case.v), ["math", "flash", "cudnn", "other"]
-    found, refused = dense.dense_times(*tensors, names, False, {"other": other})
+    tensors, names = [(case.q, case.k, case.v)], ["math", "flash", "cudnn", "other"]
+    found, refused = dense.dense_times(tensors, names, False, {"other": other})
     assert set(found) == {"math", "flash", "other"} and "cudnn" in refused
     for out in seen[:2]:
         torch.testing.assert_close(out.reshape(2, 4, queries, 16).transpose(1, 2), seen[-1])
@@ -131,6 +132,15 @@ def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
 def test_topk_pipeline_chooses_the_same_blocks(inputs):
     case = make_case(replace(SHAPE, inputs=inputs))
     assert recall(case.choose().blocks_BHQN, topk_blocks(case)) > 0.95
+
+
+def test_copies_are_apart():
+    case = replace(make_case(SHAPE), budget=70)
+    other = case.each(torch.clone)
+    assert other.budget == 70 and case.copies() == [case]  # a CPU needs none
+    for a, b in zip(case.leaves, other.leaves, strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    assert all(x.requires_grad for x in case.learn().leaves)
 
 
 def test_recall():
@@ -189,7 +199,7 @@ def test_captured_tensors_are_cropped_or_refused():
     case.learn().train(torch.randn(2, 33, 4, 16))
     captured["value_gate_BTKE"] = torch.rand(1, 40, 2, 16, generator=g)
     case, step = (make_case(shape, captured, queries) for queries in (0, 1))
-    torch.testing.assert_close(step.forward(), case.last().forward())
+    torch.testing.assert_close(step.forward(), case.query(32).forward())
     with pytest.raises(ValueError, match="holds 40 tokens, not 41"):
         make_case(replace(shape, seq_len=41), captured)
 

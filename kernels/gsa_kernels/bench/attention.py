@@ -4,7 +4,8 @@ What is timed: scoring, selection, value gate, attention and output gate (the pr
 indexer and of q, k, v are not); with the backward also the KL objective on the selected keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
 from .dense import Attend, dense_times
-from .timing import milliseconds, peak_bytes
+from .timing import milliseconds, peak_bytes, rotate
 from .work import Rates, shares, work
 
 PASSES = ("forward", "forward_backward", "decode")
@@ -34,29 +35,49 @@ def layer_record(
     score_ms and select_ms are those of the forward: neither has a backward but the KL's.
     """
     backward, device = name == "forward_backward", case.q.device
-    case = case.learn() if backward else case
-    selection = case.choose()
-    v = case.gated_values.detach().requires_grad_(backward)
+    cases = [c.learn() if backward else c for c in case.copies()]
+    chosen = [c.choose() for c in cases]
+    values = [c.gated_values.detach().requires_grad_(backward) for c in cases]
     dout = torch.randn_like(case.q)
 
-    def attention() -> Any:
-        out = sparse_attention(case.q, case.k, v, selection, impl=case.impl).out_BTHE
-        return torch.autograd.grad(out, (case.q, case.k, v), dout) if backward else out
+    def attention(i: int) -> Any:
+        c, v = cases[i], values[i]
+        out = sparse_attention(c.q, c.k, v, chosen[i], impl=c.impl).out_BTHE
+        return torch.autograd.grad(out, (c.q, c.k, v), dout) if backward else out
 
-    whole: Callable[[], Any] = (lambda: case.train(dout)) if backward else case.forward
+    def whole(i: int) -> Any:
+        return cases[i].train(dout) if backward else cases[i].forward()
+
     with torch.set_grad_enabled(backward):
-        times = {
-            "score_ms": milliseconds(case.score, device, budget_s),
-            "choose_ms": milliseconds(case.choose, device, budget_s),
-            "attend_ms": milliseconds(attention, device, budget_s),
-            "ours_ms": milliseconds(whole, device, budget_s),
-        }
-        extra = peak_bytes(whole, device)
-    found, refused = dense_times(case.q, case.k, v, dense, backward, others, budget_s)
+        times = _times(cases, attention, whole, device, budget_s)
+        extra = peak_bytes(partial(whole, 0), device)
+    tensors = [(c.q, c.k, v) for c, v in zip(cases, values, strict=True)]
+    found, refused = dense_times(tensors, dense, backward, others, budget_s)
     record = _record(shape, name, times, found, refused, extra)
-    counted = work(selection, shape.heads, shape.kv_heads)
+    counted = work(chosen[0], shape.heads, shape.kv_heads)
     record["keys_attended"] = counted.pairs / (shape.heads * shape.seq_len * shape.batch)
     return record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
+
+
+def _times(
+    cases: list[Case],
+    attention: Callable[[int], Any],
+    whole: Callable[[int], Any],
+    device: torch.device,
+    budget_s: float,
+) -> dict[str, float]:
+    """Milliseconds of the parts, the cases taking turns."""
+
+    def of(calls: Iterable[Callable[[], Any]]) -> float:
+        return milliseconds(rotate(list(calls)), device, budget_s)
+
+    turns = range(len(cases))
+    return {
+        "score_ms": of(c.score for c in cases),
+        "choose_ms": of(c.choose for c in cases),
+        "attend_ms": of(partial(attention, i) for i in turns),
+        "ours_ms": of(partial(whole, i) for i in turns),
+    }
 
 
 def decode_record(
@@ -67,40 +88,40 @@ def decode_record(
     others: dict[str, Attend] | None = None,
     budget_s: float = 1.0,
 ) -> dict[str, Any]:
-    """One record of a single query against a cache: the case's query and its keys.
+    """One record of single queries against a cache, which take turns so that the keys they choose
+    are not in the L2 cache yet.
 
-    ours_ms is a step that scores the whole cache and chooses anew. In tile mode this happens at
-    one step of R; reuse_ms is the others', which go on with the tile's choice.
+    case: the cache and a few queries of it. ours_ms is a step that scores the whole cache and
+    chooses anew. In tile mode this happens at one step of R; reuse_ms is the others', which go on
+    with the tile's choice.
     """
-    device = case.q.device
-    r = shape.spec.query_tile
-    assert case.factors.q_start % r == 0, "the query must begin a tile"
+    device, r = case.q.device, shape.spec.query_tile
+    assert (case.k.shape[1] - 1) % r == 0, "the query must begin a tile"
     with torch.no_grad():
-        selection = case.choose()
+        held = case.copies()
+        cases = [held[i % len(held)].query(i) for i in range(case.q.shape[1])]
+        chosen = [c.choose() for c in cases]
 
-        def attention() -> Tensor:
-            return sparse_attention(case.q, case.k, case.v, selection, impl=case.impl).out_BTHE
+        def attention(i: int) -> Tensor:
+            c = cases[i]
+            return sparse_attention(c.q, c.k, c.v, chosen[i], impl=c.impl).out_BTHE
 
-        times = {
-            "score_ms": milliseconds(case.score, device, budget_s),
-            "choose_ms": milliseconds(case.choose, device, budget_s),
-            "attend_ms": milliseconds(attention, device, budget_s),
-            "ours_ms": milliseconds(case.forward, device, budget_s),
-        }
+        times = _times(cases, attention, lambda i: cases[i].forward(), device, budget_s)
         if r > 1:
-            times["reuse_ms"] = milliseconds(lambda: case.attend(selection), device, budget_s)
-        extra = peak_bytes(case.forward, device)
-    found, refused = dense_times(case.q, case.k, case.v, dense, False, others, budget_s)
+            again = [partial(c.attend, s) for c, s in zip(cases, chosen, strict=True)]
+            times["reuse_ms"] = milliseconds(rotate(again), device, budget_s)
+        extra = peak_bytes(cases[0].forward, device)
+    tensors = [(c.q, c.k, c.v) for c in cases[: len(held)]]
+    found, refused = dense_times(tensors, dense, False, others, budget_s)
     record = _record(shape, "decode", times, found, refused, extra)
     if r > 1:
         mean = (times["ours_ms"] + (r - 1) * times["reuse_ms"]) / r
         record["ratio_mean_step"] = record["dense_ms"] / mean
-    counted = work(selection, shape.heads, shape.kv_heads)
+    counted = work(chosen[0], shape.heads, shape.kv_heads)
     record["cache_keys"] = case.k.shape[1] - 1
     record["keys_attended"] = counted.pairs / (shape.heads * shape.batch)
-    return record | shares(
-        case.q, _read(case.k, counted), counted, False, times["attend_ms"], rates
-    )
+    q, read = cases[0].q, _read(case.k, counted)
+    return record | shares(q, read, counted, False, times["attend_ms"], rates)
 
 
 def _read(k: Tensor, counted: Any) -> Tensor:

@@ -18,7 +18,7 @@ from gsa_kernels.select import select
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sparse_attention import sparse_attention
 
-INPUTS = ("random", "smooth", "checkpoint")
+COLD, MOST_COPIES = 1 << 27, 8  # bytes: more than an L2 cache holds
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,28 @@ class Case:
         parts += [f.q_BTJI, f.k_BSI, f.weight_BTJ, f.bias_J]
         return [x for x in parts if x is not None]
 
-    def learn(self) -> "Case":
-        """The same numbers as leaves that take gradients."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Case":
+        """The same case with every tensor changed."""
 
-        def leaf(x: Tensor | None) -> Any:
-            return None if x is None else x.detach().requires_grad_()
+        def done(x: Tensor | None) -> Any:
+            return None if x is None else change(x)
 
         f = self.factors
-        factors = replace(
-            f,
-            q_BTJI=leaf(f.q_BTJI),
-            k_BSI=leaf(f.k_BSI),
-            weight_BTJ=leaf(f.weight_BTJ),
-            bias_J=leaf(f.bias_J),
-        )
-        q, k, v = (leaf(x) for x in (self.q, self.k, self.v))
-        gates = leaf(self.value_gate), leaf(self.output_gate)
-        return replace(self, q=q, k=k, v=v, value_gate=gates[0], output_gate=gates[1],
-                       factors=factors)  # fmt: skip
+        scored = ("q_BTJI", "k_BSI", "weight_BTJ", "bias_J")
+        factors = replace(f, **{n: done(getattr(f, n)) for n in scored})
+        attended = ("q", "k", "v", "value_gate", "output_gate")
+        return replace(self, factors=factors, **{n: done(getattr(self, n)) for n in attended})
+
+    def learn(self) -> "Case":
+        """The same numbers as leaves that take gradients."""
+        return self.each(lambda x: x.detach().requires_grad_())
+
+    def copies(self) -> list["Case"]:
+        """This case and as many copies as it takes, used in turn, to read no tensor from a cache
+        that still holds it from the last time."""
+        size = sum(x.numel() * x.element_size() for x in self.leaves)
+        n = 1 if self.q.device.type == "cpu" else min(MOST_COPIES, -(-COLD // size))
+        return [self, *(self.each(torch.clone) for _ in range(n - 1))]
 
     def choose(self, previous: Selection | None = None) -> Selection:
         """Scoring and selection."""
@@ -145,18 +149,24 @@ class Case:
             outputs, gradients = [out, loss], [dout, torch.ones_like(loss)]
         torch.autograd.grad(outputs, self.leaves, gradients, allow_unused=True)
 
-    def last(self, queries: int = 1) -> "Case":
-        """Only the last queries; the keys are a cache, and values are cached with their gate."""
-        f, start = self.factors, self.k.shape[1] - queries
-        q, weight = f.q_BTJI[:, -queries:], f.weight_BTJ[:, -queries:]
-        gate = None if self.output_gate is None else self.output_gate[:, -queries:]
+    def query(self, index: int) -> "Case":
+        """One query alone, as if it were the last of the keys, which are a cache; values are
+        cached with their gate."""
+        at, f = slice(index, index + 1), self.factors
+        gate = None if self.output_gate is None else self.output_gate[:, at]
+        factors = replace(
+            f,
+            q_BTJI=f.q_BTJI[:, at],
+            weight_BTJ=f.weight_BTJ[:, at],
+            q_start=self.k.shape[1] - 1,
+        )
         return replace(
             self,
-            q=self.q[:, -queries:],
+            q=self.q[:, at],
             v=self.gated_values,
             value_gate=None,
             output_gate=gate,
-            factors=replace(f, q_BTJI=q, weight_BTJ=weight, q_start=start),
+            factors=factors,
         )
 
 

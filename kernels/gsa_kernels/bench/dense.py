@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .timing import milliseconds
+from .timing import milliseconds, rotate
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -23,9 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dense_times(
-    q_BTHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKE: Tensor,
+    tensors: list[tuple[Tensor, Tensor, Tensor]],
     names: list[str],
     backward: bool,
     others: dict[str, Attend] | None = None,
@@ -33,25 +31,23 @@ def dense_times(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(milliseconds of each backend that runs here, why the others do not).
 
-    T = S: causal; one query of many keys sees them all. others: further backends by name, which
-    take and give [B, T, H, E]; those of SDPA get the layout that costs them no copy, and of a
-    single query the heads of a group as its queries, so that keys are read once.
+    tensors: sets of q_BTHE, k_BSKE, v_BSKE that take turns. T = S: causal; one query of many keys
+    sees them all. others: further backends by name, which take and give [B, T, H, E]; those of
+    SDPA get the layout that costs them no copy, and of a single query the heads of a group as its
+    queries, so that keys are read once.
     """
     found, refused = {}, {}
-    queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
-    assert queries in (1, keys)
-    given = [x.detach() for x in (q_BTHE, k_BSKE, v_BSKE)]
-    first = [x.transpose(1, 2).contiguous() for x in given]  # once: a cache is large
-    if queries == 1:
-        first[0] = first[0].reshape(len(first[0]), k_BSKE.shape[2], -1, q_BTHE.shape[3])
+    given = [[x.detach().requires_grad_(backward) for x in qkv] for qkv in tensors]
+    first = [_heads_first(*qkv, backward) for qkv in tensors]  # once: a cache is large
     for name in names:
         foreign = others.get(name) if others else None
-        layout = given if foreign else first
-        q, k, v = (x.detach().requires_grad_(backward) for x in layout)
-        run = partial(_run, foreign or _sdpa(name, queries > 1), q, k, v, torch.randn_like(q))
+        attend = foreign or _sdpa(name, tensors[0][0].shape[1] > 1)
+        sets = given if foreign else first
+        dout = torch.randn_like(sets[0][0])
+        run = rotate([partial(_run, attend, qkv, dout) for qkv in sets])
         try:
             with torch.set_grad_enabled(backward):
-                found[name] = milliseconds(run, q.device, budget_s)
+                found[name] = milliseconds(run, dout.device, budget_s)
         except (RuntimeError, ValueError) as error:  # it does not take this shape, or device
             refused[name] = str(error).strip().partition("\n")[0]
     if not found:
@@ -59,10 +55,18 @@ def dense_times(
     return found, refused
 
 
-def _run(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
-    out = attend(q, k, v)
-    if q.requires_grad:
-        torch.autograd.grad(out, (q, k, v), dout)
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> list[Tensor]:
+    """[B, H, T, E] and [B, K, S, E]; a single query as [B, K, H / K, E]."""
+    one = q.shape[1] == 1
+    q, k, v = (x.detach().transpose(1, 2).contiguous() for x in (q, k, v))
+    q = q.reshape(len(q), k.shape[1], -1, q.shape[3]) if one else q
+    return [x.requires_grad_(backward) for x in (q, k, v)]
+
+
+def _run(attend: Attend, qkv: list[Tensor], dout: Tensor) -> None:
+    out = attend(*qkv)
+    if qkv[0].requires_grad:
+        torch.autograd.grad(out, qkv, dout)
 
 
 def _sdpa(name: str, causal: bool) -> Attend:

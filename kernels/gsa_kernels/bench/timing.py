@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget_s: float 
     if once > 2e3 * budget_s:
         return once
     return statistics.median(_queued(call, int(min(50, max(3, budget_s * 1e3 / max(once, 1e-3))))))
+
+
+def rotate(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that makes each of these in turn."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -16,6 +16,8 @@ from .layer import LayerBench, out_of_memory
 from .settings import AttentionBenchSettings
 from .tables import attention_line, attention_table
 
+TURNS = 16  # decoding queries that take turns
+
 
 class AttentionBench(LayerBench):
     """One record for each combination of length, heads, granularity and pass."""
@@ -70,7 +72,10 @@ class AttentionBench(LayerBench):
         cuda = self.device.type == "cuda"
         if name == "decode":
             names = s.dense or (["cudnn", "flash", "efficient", "math"] if cuda else ["math"])
-            case = self.inputs(replace(shape, seq_len=self._cache(shape) + 1), queries=1)
+            case = self.inputs(
+                replace(shape, seq_len=self._cache(shape) + 1),
+                queries=min(TURNS, self._cache(shape)),
+            )
             return decode_record(shape, case, names, self.rates, others, s.seconds)
         names = s.dense or (["cudnn", "flash", "fa3"] if cuda else ["flash"])
         case = self.inputs(shape)
