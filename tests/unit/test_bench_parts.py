@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,3 +222,13 @@ def test_reports_of_before_and_now_are_drawn(tmp_path, monkeypatch):
     assert "| 1.00 | 0.50 |" in module.table(mixed, module.COLUMNS)
     module.plot(mixed, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_the_sanitizer_has_tests_to_run():
+    path = ROOT / "experiments" / "speed" / "sanitize.py"
+    spec = importlib.util.spec_from_file_location("sanitize", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, chosen in module.TESTS.items():
+        text = (ROOT / "tests" / "unit" / name).read_text()
+        assert all(word in text for word in re.findall(r"[a-z]+_[a-z_]+", chosen))

@@ -35,7 +35,8 @@ def dense_times(
     sees them all. others: further backends by name, which take and give [B, T, H, E]; those of
     SDPA get the layout that costs them no copy, and for a single query the better one of two.
     """
-    found, refused = {}, {}
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
     given = [[x.detach().requires_grad_(backward) for x in qkv] for qkv in tensors]
     first = [_heads_first(*qkv, backward) for qkv in tensors]  # once: a cache is large
     layouts = [first]
