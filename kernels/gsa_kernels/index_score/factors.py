@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gsa_kernels.dispatch import triton_reason
 from gsa_kernels.selection import Selection, TileLayout
 
 from .keys import own_document, pool_keys, take
@@ -143,16 +144,19 @@ class IndexFactors(BlockScores):
     def at(self, selection: Selection) -> Tensor:
         """[B, H, Q, N] scores of the selected blocks; -inf in empty slots.
 
-        Streamed over tiles and recomputed in the backward, so memory stays linear in T.
+        One kernel where there is one (`no_kernel`). Otherwise streamed over tiles and recomputed
+        in the backward, so memory stays linear in T.
         """
         c, docs, blocks = selection.spec.key_block, selection.doc_start_BS, selection.blocks_BHQN
-        # Gathering anchors first keeps each checkpointed piece small.
-        at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
         mean = self._from_mean(c)
         keys = self._scored_keys(c, docs)
         batch, groups, tiles, slots = blocks.shape
         if slots == 0 or keys.shape[1] == 0:
             return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
+        if not self.no_kernel(c):
+            return self.listed(keys, blocks, selection.spec.query_tile)
+        # Gathering anchors first keeps each checkpointed piece small.
+        at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
         per_tile = max(1, batch * groups * slots * (1 if mean else c) * keys.shape[-1])
         step = max(1, 4 * _CHUNK[keys.device.type] // per_tile)
 
@@ -177,6 +181,47 @@ class IndexFactors(BlockScores):
             args = (at_anchor.q_BTJI[:, lo:hi], at_anchor.weight_BTJ[:, lo:hi], keys)
             pieces.append(checkpoint(piece, *args, lo, hi, use_reentrant=False))
         return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
+
+    def no_kernel(self, block: int) -> str:
+        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
+        own = [n for n in _FORMULA if getattr(type(self), n) is not getattr(IndexFactors, n)]
+        if own:
+            return f"{type(self).__name__} has a formula of its own ({', '.join(own)})"
+        if not self._from_mean(block):
+            return "there is no kernel for the largest score of a block's keys"
+        if torch.float64 in (self.q_BTJI.dtype, self.k_BSI.dtype, self.weight_BTJ.dtype):
+            return "the kernels compute in float32 at most"
+        if self.q_BTJI.shape[2] > 64 * self.heads or self.q_BTJI.shape[3] > 128:
+            return "the kernels take up to 64 index heads per selection, of 128 channels"
+        if torch.are_deterministic_algorithms_enabled():
+            return "the gradient of the keys is added up atomically"
+        return triton_reason(self.k_BSI.device)
+
+    def listed(
+        self, keys_BMI: Tensor, blocks_BHQN: Tensor, tile: int, tiles_Q: Tensor | None = None
+    ) -> Tensor:
+        """[B, H, Q, N] float32 scores of the blocks listed, by a kernel; -inf where negative.
+
+        Line i of the lists belongs to query i * tile, or tiles_Q[i] * tile where those are given;
+        keys_BMI: what `prepare` calls scored. N and M are at least 1.
+        """
+        from . import at_ops
+
+        return at_ops.block_scores(
+            self.q_BTJI.contiguous(),
+            keys_BMI.contiguous(),
+            self.weight_BTJ.contiguous(),
+            self.bias_J,
+            blocks_BHQN.contiguous(),
+            tiles_Q,
+            tile,
+            self.scale,
+            self.activation == "sigmoid",
+        )
+
+
+# What the kernels compute: a subclass that overrides one of these is scored by PyTorch.
+_FORMULA = ("at", "tile", "gathered", "_combine", "_scored_keys")
 
 
 def _wide(x: Tensor) -> Tensor:
