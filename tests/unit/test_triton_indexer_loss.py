@@ -20,7 +20,12 @@ from test_triton_compile import SHARED
 
 from gsa_kernels import dispatch
 from gsa_kernels.attention_mass import dense_mass, dense_masses
-from gsa_kernels.index_score.api import IndexFactors, PooledFactors, scores_at
+from gsa_kernels.index_score.api import (
+    HierarchicalFactors,
+    IndexFactors,
+    PooledFactors,
+    scores_at,
+)
 from gsa_kernels.indexer_loss import reference
 from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, log_score_bias, selected_kl
 from gsa_kernels.select.api import select
@@ -31,6 +36,8 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+# exp2 of a GPU is good to 2**-22, of which differences of probabilities lose some.
+FLOOR = 2e-5 if DEVICE == "cuda" else 4e-6
 documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 
@@ -90,7 +97,7 @@ def check(kernels, call, factors, dtype=torch.float32):
         finite = ~value.isinf()
         error = (found.double() - value)[finite].norm()
         allowed = (low[name].double() - value)[finite].norm()
-        floor = 4e-6 * value[finite].norm() + 1e-7
+        floor = FLOOR * value[finite].norm() + 1e-7
         assert error <= 2 * allowed + floor, (name, float(error), float(allowed))
 
 
@@ -154,7 +161,7 @@ def check_masses(kernels, q, k, spec, tiles, start, docs, dtype):
         reach = exact.shape[-1]
         assert not got[:, :, i, reach:].any()
         error = (got[:, :, i, :reach] - exact).norm()
-        assert error <= 2 * (low - exact).norm() + 2e-6 * exact.norm()
+        assert error <= 2 * (low - exact).norm() + FLOOR * exact.norm()
 
 
 def test_dense_mass_of_one_tile_takes_the_kernel(kernels):
@@ -307,10 +314,10 @@ def test_relu_scores_below_zero_get_no_gradient(kernels):
         check(kernels, lambda f, s=signal: s(f, on(selection, f.k_BSI.device)), factors)
 
 
-def test_long_lists_are_split(kernels, monkeypatch):
+def test_one_program_walks_a_long_list(kernels, monkeypatch):
     from gsa_kernels.index_score import at_launch
 
-    monkeypatch.setattr(at_launch, "SPAN", 32)
+    monkeypatch.setattr(at_launch, "PROGRAMS", 12)
     factors, spec, docs, q, k = make_case(100, (1, 16), 2, True)
     tiles = torch.tensor([1, 4, 6])
 
@@ -334,6 +341,15 @@ def test_no_tile_with_candidates_is_no_loss(kernels):
         assert float(loss) == 0
     one = replace(spec, key_block=64)
     assert float(kernels(lambda: dense_kl(low, q, k, one, torch.tensor([3])))) == 0
+
+
+def test_a_subclass_that_keeps_the_formula_takes_the_kernels(kernels):
+    factors = moved(make_factors(20), torch.float32, DEVICE)
+    parts = {x.name: getattr(factors, x.name) for x in fields(IndexFactors)}
+    fine = HierarchicalFactors(**parts, pool=4, survivors=2)
+    assert kernels(lambda: fine.no_kernel(4)) == ""
+    assert "formula of its own (at)" in PooledFactors(**parts, pool=4).no_kernel(4)
+    assert "float32 at most" in moved(make_factors(20), torch.float64).no_kernel(4)
 
 
 def test_deterministic_algorithms_add_nothing_up_atomically():

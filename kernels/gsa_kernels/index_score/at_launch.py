@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .triton_at import gradient_kernel, scores_kernel
 
-SPAN = 2048  # slots that one program of the backward walks
+PROGRAMS = 1024  # of the backward, where rows are few and their lists long
 
 
 def _sizes(
@@ -75,7 +75,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dkeys, dweight, dbias) in the dtypes of the inputs, which are contiguous."""
     batch, groups, rows, slots = blocks.shape
-    splits = triton.cdiv(slots, SPAN)
+    sizes = _sizes(q, keys, blocks, r, sigmoid, 32)
+    lines, bn = batch * groups * rows, sizes["BN"]
+    span = triton.cdiv(triton.cdiv(slots, triton.cdiv(PROGRAMS, lines)), bn) * bn
+    splits = triton.cdiv(slots, span)
 
     def part(like: Tensor, *inner: int) -> Tensor:
         # Parts of a sum are kept in float32; a whole one is rounded once.
@@ -90,12 +93,11 @@ def gradients(
         device=q.device,
         dtype=torch.float32,
     )
-    gradient_kernel[(batch * groups * rows, splits)](
+    gradient_kernel[(lines, splits)](
         q, keys, weight, weight if bias is None else bias, blocks,
         blocks if tiles is None else tiles, dscore, dq, dk, dw, dbias,
-        q.shape[1], keys.shape[1], rows, slots, SPAN, scale,
-        **_sizes(q, keys, blocks, r, sigmoid, 32),
-        HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
+        q.shape[1], keys.shape[1], rows, slots, span, scale,
+        **sizes, HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
     return (
         _placed(dq, q, tiles, r),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gsa_kernels.dispatch import triton_reason
-from gsa_kernels.selection import Selection, TileLayout
+from gsa_kernels.selection import Selection, SelectionSpec, TileLayout
 
 from .keys import own_document, pool_keys, take
 from .scores import _CHUNK, BlockScores
@@ -149,12 +149,12 @@ class IndexFactors(BlockScores):
         """
         c, docs, blocks = selection.spec.key_block, selection.doc_start_BS, selection.blocks_BHQN
         mean = self._from_mean(c)
-        keys = self._scored_keys(c, docs)
         batch, groups, tiles, slots = blocks.shape
-        if slots == 0 or keys.shape[1] == 0:
+        if slots == 0 or self.k_BSI.shape[1] < c:
             return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
         if not self.no_kernel(c):
-            return self.listed(keys, blocks, selection.spec.query_tile)
+            return self.listed(blocks, selection.spec, docs)
+        keys = self._scored_keys(c, docs)
         # Gathering anchors first keeps each checkpointed piece small.
         at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
         per_tile = max(1, batch * groups * slots * (1 if mean else c) * keys.shape[-1])
@@ -198,23 +198,27 @@ class IndexFactors(BlockScores):
         return triton_reason(self.k_BSI.device)
 
     def listed(
-        self, keys_BMI: Tensor, blocks_BHQN: Tensor, tile: int, tiles_Q: Tensor | None = None
+        self,
+        blocks_BHQN: Tensor,
+        spec: SelectionSpec,
+        doc_start_BS: Tensor | None,
+        tiles_Q: Tensor | None = None,
     ) -> Tensor:
         """[B, H, Q, N] float32 scores of the blocks listed, by a kernel; -inf where negative.
 
-        Line i of the lists belongs to query i * tile, or tiles_Q[i] * tile where those are given;
-        keys_BMI: what `prepare` calls scored. N and M are at least 1.
+        Line i of the lists belongs to query tile i, or tiles_Q[i] where those are given. N and the
+        number of whole blocks are at least 1.
         """
         from . import at_ops
 
         return at_ops.block_scores(
             self.q_BTJI.contiguous(),
-            keys_BMI.contiguous(),
+            self._scored_keys(spec.key_block, doc_start_BS).contiguous(),
             self.weight_BTJ.contiguous(),
             self.bias_J,
             blocks_BHQN.contiguous(),
             tiles_Q,
-            tile,
+            spec.query_tile,
             self.scale,
             self.activation == "sigmoid",
         )

@@ -81,11 +81,12 @@ def dense_kl(
     """Mean KL of the query tiles `tiles` (their numbers) over every candidate block; a scalar.
 
     The target is the full softmax attention of q over all keys, recomputed here, no gradient.
-    Where there are kernels, nothing waits for the device. Raises ValueError for an unknown
+    For IndexFactors on a GPU nothing waits for the device. Raises ValueError for an unknown
     distribution.
     """
     _check(distribution)
-    if not no_kernel(q_BTHE) and factors.q_start % spec.query_tile == 0:
+    whole = factors.q_start % spec.query_tile == 0
+    if whole and isinstance(factors, IndexFactors) and not no_kernel(q_BTHE):
         tiles = tiles.to(q_BTHE.device, non_blocking=True)
         return _all_tiles(factors, q_BTHE, k_BSKE, spec, tiles, doc_start_BS, distribution)
     layout = tile_layout(
@@ -114,7 +115,7 @@ def dense_kl(
 
 
 def _all_tiles(
-    factors: BlockScores,
+    factors: IndexFactors,
     q: Tensor,
     k: Tensor,
     spec: SelectionSpec,
@@ -134,15 +135,15 @@ def _all_tiles(
     sizes = [c, r, spec.window, spec.sinks, start, heads]
     blocks = ops.candidate_blocks(tiles, docs, batch, keys, sizes)
     mass = dense_masses(q, k, spec, tiles, start, docs, heads)[..., : keys // c]
-    if isinstance(factors, IndexFactors) and not factors.no_kernel(c):
-        scores = factors.listed(factors.prepare(c, docs)[0], blocks, r, tiles)
+    if not factors.no_kernel(c):
+        scores = factors.listed(blocks, spec, docs, tiles)
     else:
         scores = _streamed(factors, k, spec, tiles, docs).masked_fill(blocks < 0, -torch.inf)
     return _kernel_kl(scores, mass, distribution)
 
 
 def _streamed(
-    factors: BlockScores, k: Tensor, spec: SelectionSpec, tiles: Tensor, docs: Tensor | None
+    factors: IndexFactors, k: Tensor, spec: SelectionSpec, tiles: Tensor, docs: Tensor | None
 ) -> Tensor:
     """[B, H, n, keys // C] scores of a few tiles, recomputed in the backward."""
     c, keys = spec.key_block, k.shape[1]
@@ -172,7 +173,7 @@ def _kernel_kl(scores: Tensor, mass: Tensor, distribution: str) -> Tensor:
     scores, mass = scores.float().contiguous(), mass.float().contiguous()
     rows, _ = ops.kl_rows(scores, mass, distribution == "log", _EPS)
     loss, count = rows.flatten(1).sum(1).unbind()
-    return loss / count.clamp_min(1)
+    return loss / count.detach().clamp_min(1)
 
 
 def _mean_kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
