@@ -184,9 +184,10 @@ class IndexFactors(BlockScores):
 
     def no_kernel(self, block: int) -> str:
         """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
-        own = [n for n in _FORMULA if getattr(type(self), n) is not getattr(IndexFactors, n)]
-        if own:
-            return f"{type(self).__name__} has a formula of its own ({', '.join(own)})"
+        from .hierarchical import HierarchicalFactors
+
+        if type(self) not in (IndexFactors, HierarchicalFactors):
+            return f"{type(self).__name__} has a formula of its own"
         if not self._from_mean(block):
             return "there is no kernel for the largest score of a block's keys"
         if torch.float64 in (self.q_BTJI.dtype, self.k_BSI.dtype, self.weight_BTJ.dtype):
@@ -222,10 +223,6 @@ class IndexFactors(BlockScores):
             self.scale,
             self.activation == "sigmoid",
         )
-
-
-# What the kernels compute: a subclass that overrides one of these is scored by PyTorch.
-_FORMULA = ("at", "tile", "gathered", "_combine", "_scored_keys")
 
 
 def _wide(x: Tensor) -> Tensor:
