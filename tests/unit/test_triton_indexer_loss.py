@@ -407,8 +407,8 @@ def test_operators_are_registered_truthfully():
     from gsa_kernels.indexer_loss import ops
 
     low, selection, mass, q, k, docs = small_objective()
-    blocks, tiles = selection.blocks_BHQN, torch.tensor([1, 3], device=DEVICE)
-    keys = low.k_BSI[:, :7].detach().requires_grad_()
+    blocks, tiles = selection.blocks_BHQN.contiguous(), torch.tensor([1, 3], device=DEVICE)
+    keys = low.k_BSI[:, :7].detach().contiguous().requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
 
     def check_op(op, *args):

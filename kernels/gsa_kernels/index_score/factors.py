@@ -141,47 +141,6 @@ class IndexFactors(BlockScores):
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         return scores.amax(-1)
 
-    def at(self, selection: Selection) -> Tensor:
-        """[B, H, Q, N] scores of the selected blocks; -inf in empty slots.
-
-        One kernel where there is one (`no_kernel`). Otherwise streamed over tiles and recomputed
-        in the backward, so memory stays linear in T.
-        """
-        c, docs, blocks = selection.spec.key_block, selection.doc_start_BS, selection.blocks_BHQN
-        mean = self._from_mean(c)
-        batch, groups, tiles, slots = blocks.shape
-        if slots == 0 or self.k_BSI.shape[1] < c:
-            return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
-        if not self.no_kernel(c):
-            return self.listed(blocks, selection.spec, docs)
-        keys = self._scored_keys(c, docs)
-        # Gathering anchors first keeps each checkpointed piece small.
-        at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
-        per_tile = max(1, batch * groups * slots * (1 if mean else c) * keys.shape[-1])
-        step = max(1, 4 * _CHUNK[keys.device.type] // per_tile)
-
-        def piece(q: Tensor, w: Tensor, k: Tensor, lo: int, hi: int) -> Tensor:
-            index = blocks[:, :, lo:hi].long().clamp_min(0)
-            part = replace(at_anchor, q_BTJI=q, weight_BTJ=w)
-            if mean:
-                return part.gathered(take(k, index))
-            key = (index[..., None] * c + torch.arange(c, device=k.device)).flatten(-2)
-            score = part.gathered(take(k, key)).unflatten(-1, (slots, c))
-            if docs is not None:
-                last = torch.gather(
-                    docs[:, None, None].expand(*index.shape[:3], -1), -1, index * c + c - 1
-                )
-                late = key.unflatten(-1, (slots, c)) < last[..., None]
-                score = score.masked_fill(late, -torch.inf)
-            return score.amax(-1)
-
-        pieces = []
-        for lo in range(0, tiles, step):
-            hi = min(tiles, lo + step)
-            args = (at_anchor.q_BTJI[:, lo:hi], at_anchor.weight_BTJ[:, lo:hi], keys)
-            pieces.append(checkpoint(piece, *args, lo, hi, use_reentrant=False))
-        return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
-
     def no_kernel(self, block: int) -> str:
         """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
         from .hierarchical import HierarchicalFactors
@@ -223,6 +182,47 @@ class IndexFactors(BlockScores):
             self.scale,
             self.activation == "sigmoid",
         )
+
+    def at(self, selection: Selection) -> Tensor:
+        """[B, H, Q, N] scores of the selected blocks; -inf in empty slots.
+
+        One kernel where there is one (`no_kernel`). Otherwise streamed over tiles and recomputed
+        in the backward, so memory stays linear in T.
+        """
+        c, docs, blocks = selection.spec.key_block, selection.doc_start_BS, selection.blocks_BHQN
+        mean = self._from_mean(c)
+        batch, groups, tiles, slots = blocks.shape
+        if slots == 0 or self.k_BSI.shape[1] < c:
+            return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
+        if not self.no_kernel(c):
+            return self.listed(blocks, selection.spec, docs)
+        keys = self._scored_keys(c, docs)
+        # Gathering anchors first keeps each checkpointed piece small.
+        at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
+        per_tile = max(1, batch * groups * slots * (1 if mean else c) * keys.shape[-1])
+        step = max(1, 4 * _CHUNK[keys.device.type] // per_tile)
+
+        def piece(q: Tensor, w: Tensor, k: Tensor, lo: int, hi: int) -> Tensor:
+            index = blocks[:, :, lo:hi].long().clamp_min(0)
+            part = replace(at_anchor, q_BTJI=q, weight_BTJ=w)
+            if mean:
+                return part.gathered(take(k, index))
+            key = (index[..., None] * c + torch.arange(c, device=k.device)).flatten(-2)
+            score = part.gathered(take(k, key)).unflatten(-1, (slots, c))
+            if docs is not None:
+                last = torch.gather(
+                    docs[:, None, None].expand(*index.shape[:3], -1), -1, index * c + c - 1
+                )
+                late = key.unflatten(-1, (slots, c)) < last[..., None]
+                score = score.masked_fill(late, -torch.inf)
+            return score.amax(-1)
+
+        pieces = []
+        for lo in range(0, tiles, step):
+            hi = min(tiles, lo + step)
+            args = (at_anchor.q_BTJI[:, lo:hi], at_anchor.weight_BTJ[:, lo:hi], keys)
+            pieces.append(checkpoint(piece, *args, lo, hi, use_reentrant=False))
+        return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
 
 
 def _wide(x: Tensor) -> Tensor:
