@@ -48,7 +48,7 @@ def test_it_warms_up_like_kl():
 
 
 @pytest.mark.parametrize("start", [0, 37])
-def test_the_tiles_drawn_are_spread_over_the_sequence(start):
+def test_the_tiles_drawn_are_spread_over_the_sequence(start, device):
     for length, tile, count in (
         (60, 16, 8),
         (131072, 64, 8),
@@ -56,7 +56,7 @@ def test_the_tiles_drawn_are_spread_over_the_sequence(start):
         (1, 64, 3),
         (500, 3, 99),
     ):
-        q = torch.empty(1, length, 1, 8)
+        q = torch.empty(1, length, 1, 8, device=device)
         tiles = -(-(start + length) // tile) - start // tile
         for step in (0, 1, 2, 55, 100_000):
             assert drawn(q, start, tile, count, step).tolist() == spread(tiles, count, step)

@@ -77,4 +77,5 @@ def drawn(q_BTHE: Tensor, q_start: int, tile: int, count: int, step: int) -> Ten
     count = min(n, count)
     shift = (step * 0.6180339887498949 + 0.5) % 1.0
     place = torch.arange(count, device=q_BTHE.device, dtype=torch.float64) + shift
-    return (place * n / count).long()
+    # A GPU would multiply by the reciprocal of a plain number.
+    return (place * n / torch.full_like(place, count)).long()
