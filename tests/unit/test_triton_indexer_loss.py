@@ -123,8 +123,9 @@ def on(selection, device):
     )
 
 
-# (C, R, length): single keys, blocks, tiles that mix heads in a step, C that divides no step.
-MASS = [(1, 1, 63), (16, 16, 100), (64, 48, 150), (5, 7, 63), (16, 16, 1)]
+# (C, R, length): single keys, blocks, several parts of a tile and ranges of keys, C that divides
+# no step, one token.
+MASS = [(1, 1, 63), (16, 16, 100), (64, 48, 600), (5, 7, 63), (16, 16, 1)]
 
 
 @pytest.mark.parametrize("case", MASS, ids=str)
@@ -316,8 +317,10 @@ def test_relu_scores_below_zero_get_no_gradient(kernels):
 
 def test_one_program_walks_a_long_list(kernels, monkeypatch):
     from gsa_kernels.index_score import at_launch
+    from gsa_kernels.indexer_loss import triton_launch
 
     monkeypatch.setattr(at_launch, "PROGRAMS", 12)
+    monkeypatch.setattr(triton_launch, "LONGEST", 16)
     factors, spec, docs, q, k = make_case(100, (1, 16), 2, True)
     tiles = torch.tensor([1, 4, 6])
 

@@ -10,6 +10,7 @@ from .triton_mass import block_mass_kernel, lse_kernel, merge_kernel
 LOG2E = 1.4426950408889634
 SPLITS = 32  # most ranges of keys in the first pass; a few tiles alone would leave a GPU idle
 PROGRAMS = 8192  # with as many, there is no need for more ranges
+LONGEST = 4096  # scores of a row at a time
 
 
 def block_mass(
@@ -81,10 +82,10 @@ def kl_rows(scores: Tensor, mass: Tensor, log: bool, eps: float) -> tuple[Tensor
     rows = scores.numel() // width
     loss = torch.empty(2, *scores.shape[:-1], device=scores.device, dtype=torch.float32)
     grad = torch.empty_like(scores)
-    bn = min(4096, max(16, triton.next_power_of_2(width)))
+    bn = min(LONGEST, max(16, triton.next_power_of_2(width)))
     br = max(1, 1024 // bn)
     kl_kernel[(triton.cdiv(rows, br),)](
         scores, mass, loss, grad, rows, width,
-        EPS=eps, LOG=log, BR=br, BN=bn, num_warps=8 if bn == 4096 else 4,
+        EPS=eps, LOG=log, BR=br, BN=bn, num_warps=8 if bn == LONGEST else 4,
     )  # fmt: skip
     return loss, grad
