@@ -1,6 +1,6 @@
 """Dense attention seen from a few query tiles: what a selection ought to cover, and does.
 
-Each function handles one tile of R queries against all keys, so its cost is linear in T.
+The cost of a tile of R queries against all keys is linear in T.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .selection import Selection, TileLayout
+from .dispatch import triton_reason
+from .selection import Selection, SelectionSpec, TileLayout
 
 
 @torch.no_grad()
@@ -54,6 +55,13 @@ def dense_mass(
     selection_heads: int = 1,
 ) -> Tensor:
     """[B, Hs, blocks] full attention on each key block, mean over the tile's queries and heads."""
+    if not no_kernel(q_BTHE):
+        number = torch.full((1,), tile, device=q_BTHE.device)
+        mass = dense_masses(
+            q_BTHE, k_BSKE, layout.spec, number, layout.q_start, doc_start_BS, selection_heads
+        )
+        last = min(layout.anchor(tile) + layout.spec.query_tile, layout.q_start + layout.n_queries)
+        return mass[:, :, 0, : -(-last // layout.spec.key_block)]
     p, _ = tile_probability(q_BTHE, k_BSKE, layout, tile, doc_start_BS)
     rows = p.mean((2, 3))
     if selection_heads == 1:
@@ -61,6 +69,36 @@ def dense_mass(
     c = layout.spec.key_block
     pad = -rows.shape[-1] % c
     return torch.nn.functional.pad(rows, (0, pad)).unflatten(-1, (-1, c)).sum(-1)
+
+
+def no_kernel(q_BTHE: Tensor) -> str:
+    """Why `dense_masses` cannot take these queries; empty where it can."""
+    if q_BTHE.dtype == torch.float64:
+        return "the kernels compute in float32 at most"
+    if q_BTHE.shape[3] > 256:
+        return f"the kernels take heads of up to 256 channels, not {q_BTHE.shape[3]}"
+    return triton_reason(q_BTHE.device)
+
+
+@torch.no_grad()
+def dense_masses(
+    q_BTHE: Tensor,
+    k_BSKE: Tensor,
+    spec: SelectionSpec,
+    tiles: Tensor,
+    q_start: int = 0,
+    doc_start_BS: Tensor | None = None,
+    selection_heads: int = 1,
+) -> Tensor:
+    """[B, Hs, n, blocks] float32: `dense_mass` of n tiles at once, by kernels; 0 beyond a tile.
+
+    tiles: their numbers, on the device of q. Nothing waits for the device.
+    """
+    from .indexer_loss import ops
+
+    docs = None if doc_start_BS is None else doc_start_BS.contiguous()
+    sizes = [spec.key_block, spec.query_tile, q_start, selection_heads]
+    return ops.block_mass(q_BTHE.contiguous(), k_BSKE.contiguous(), tiles, docs, sizes)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from gsa_kernels.selection import SelectionSpec
 from gsa_kernels.sparse_attention.api import sparse_attention
 from gsa_platform.contracts import LayerDims, Sequence
 from gsa_plugins import configs as c
+from gsa_plugins.dense import spread
 from gsa_plugins.objective import KlBiasObjective, KlObjective
+from gsa_plugins.objective.kl import drawn
 
 LENGTH = 60
 DIMS = LayerDims(16, 1, 1, 8, context=LENGTH)
@@ -43,3 +45,18 @@ def test_it_warms_up_like_kl():
     for step in (0, 2, 3):
         assert both.dense(Sequence(step=step)) == kl.dense(Sequence(step=step)) == (step < 3)
     assert both.detach_indexer and both.need_mass
+
+
+@pytest.mark.parametrize("start", [0, 37])
+def test_the_tiles_drawn_are_spread_over_the_sequence(start, device):
+    for length, tile, count in (
+        (60, 16, 8),
+        (131072, 64, 8),
+        (1000, 1, 7),
+        (1, 64, 3),
+        (500, 3, 99),
+    ):
+        q = torch.empty(1, length, 1, 8, device=device)
+        tiles = -(-(start + length) // tile) - start // tile
+        for step in (0, 1, 2, 55, 100_000):
+            assert drawn(q, start, tile, count, step).tolist() == spread(tiles, count, step)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gsa_kernels.selection import Selection, TileLayout
+from gsa_kernels.dispatch import triton_reason
+from gsa_kernels.selection import Selection, SelectionSpec, TileLayout
 
 from .keys import own_document, pool_keys, take
 from .scores import _CHUNK, BlockScores
@@ -140,19 +141,64 @@ class IndexFactors(BlockScores):
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         return scores.amax(-1)
 
+    def no_kernel(self, block: int) -> str:
+        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
+        from .hierarchical import HierarchicalFactors
+
+        if type(self) not in (IndexFactors, HierarchicalFactors):
+            return f"{type(self).__name__} has a formula of its own"
+        if not self._from_mean(block):
+            return "there is no kernel for the largest score of a block's keys"
+        if torch.float64 in (self.q_BTJI.dtype, self.k_BSI.dtype, self.weight_BTJ.dtype):
+            return "the kernels compute in float32 at most"
+        if self.q_BTJI.shape[2] > 64 * self.heads or self.q_BTJI.shape[3] > 128:
+            return "the kernels take up to 64 index heads per selection, of 128 channels"
+        if torch.are_deterministic_algorithms_enabled():
+            return "the gradient of the keys is added up atomically"
+        return triton_reason(self.k_BSI.device)
+
+    def listed(
+        self,
+        blocks_BHQN: Tensor,
+        spec: SelectionSpec,
+        doc_start_BS: Tensor | None,
+        tiles_Q: Tensor | None = None,
+    ) -> Tensor:
+        """[B, H, Q, N] float32 scores of the blocks listed, by a kernel; -inf where negative.
+
+        Line i of the lists belongs to query tile i, or tiles_Q[i] where those are given. N and the
+        number of whole blocks are at least 1.
+        """
+        from . import at_ops
+
+        return at_ops.block_scores(
+            self.q_BTJI.contiguous(),
+            self._scored_keys(spec.key_block, doc_start_BS).contiguous(),
+            self.weight_BTJ.contiguous(),
+            self.bias_J,
+            blocks_BHQN.contiguous(),
+            tiles_Q,
+            spec.query_tile,
+            self.scale,
+            self.activation == "sigmoid",
+        )
+
     def at(self, selection: Selection) -> Tensor:
         """[B, H, Q, N] scores of the selected blocks; -inf in empty slots.
 
-        Streamed over tiles and recomputed in the backward, so memory stays linear in T.
+        One kernel where there is one (`no_kernel`). Otherwise streamed over tiles and recomputed
+        in the backward, so memory stays linear in T.
         """
         c, docs, blocks = selection.spec.key_block, selection.doc_start_BS, selection.blocks_BHQN
+        mean = self._from_mean(c)
+        batch, groups, tiles, slots = blocks.shape
+        if slots == 0 or self.k_BSI.shape[1] < c:
+            return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
+        if not self.no_kernel(c):
+            return self.listed(blocks, selection.spec, docs)
+        keys = self._scored_keys(c, docs)
         # Gathering anchors first keeps each checkpointed piece small.
         at_anchor = self.rows(selection.layout.anchor_Q - self.q_start)
-        mean = self._from_mean(c)
-        keys = self._scored_keys(c, docs)
-        batch, groups, tiles, slots = blocks.shape
-        if slots == 0 or keys.shape[1] == 0:
-            return self.weight_BTJ.new_zeros(batch, groups, tiles, slots)
         per_tile = max(1, batch * groups * slots * (1 if mean else c) * keys.shape[-1])
         step = max(1, 4 * _CHUNK[keys.device.type] // per_tile)
 

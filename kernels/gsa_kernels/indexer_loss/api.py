@@ -9,12 +9,15 @@ distribution "softmax": s = softmax(score). "log": s = score / sum(score), the s
 log(score), which lets bounded sigmoid scores become as sharp as attention is.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gsa_kernels.attention_mass import dense_mass
-from gsa_kernels.index_score.api import BlockScores, scores_at
+from gsa_kernels.attention_mass import dense_mass, dense_masses, no_kernel
+from gsa_kernels.dispatch import triton_reason
+from gsa_kernels.index_score.api import _CHUNK, BlockScores, IndexFactors, scores_at
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 
 DISTRIBUTIONS = ("softmax", "log")
@@ -59,7 +62,10 @@ def selected_kl(
 
     mass_BHQN is AttentionResult.mass_BHQN of the attention over this selection.
     """
+    _check(distribution)
     scores = scores_at(factors, selection)
+    if scores.numel() and scores.dtype != torch.float64 and not triton_reason(scores.device):
+        return _kernel_kl(scores, mass_BHQN, distribution)
     return _mean_kl(scores, mass_BHQN, selection.blocks_BHQN >= 0, distribution)
 
 
@@ -75,7 +81,14 @@ def dense_kl(
     """Mean KL of the query tiles `tiles` (their numbers) over every candidate block; a scalar.
 
     The target is the full softmax attention of q over all keys, recomputed here, no gradient.
+    For IndexFactors on a GPU nothing waits for the device. Raises ValueError for an unknown
+    distribution.
     """
+    _check(distribution)
+    whole = factors.q_start % spec.query_tile == 0
+    if whole and isinstance(factors, IndexFactors) and not no_kernel(q_BTHE):
+        tiles = tiles.to(q_BTHE.device, non_blocking=True)
+        return _all_tiles(factors, q_BTHE, k_BSKE, spec, tiles, doc_start_BS, distribution)
     layout = tile_layout(
         spec, q_BTHE.shape[1], k_BSKE.shape[1], factors.q_start, doc_start_BS, q_BTHE.device
     )
@@ -101,16 +114,81 @@ def dense_kl(
     return total / weight.clamp_min(1)
 
 
+def _all_tiles(
+    factors: IndexFactors,
+    q: Tensor,
+    k: Tensor,
+    spec: SelectionSpec,
+    tiles: Tensor,
+    docs: Tensor | None,
+    distribution: str,
+) -> Tensor:
+    """dense_kl of all tiles at once: lists of every candidate, scored as a selection would be."""
+    from . import ops
+
+    c, r, start = spec.key_block, spec.query_tile, factors.q_start
+    batch, keys, heads = q.shape[0], k.shape[1], factors.heads
+    if docs is not None:
+        docs = docs.contiguous()
+    if keys < c or tiles.numel() == 0:
+        return q.new_zeros((), dtype=torch.float32)
+    sizes = [c, r, spec.window, spec.sinks, start, heads]
+    blocks = ops.candidate_blocks(tiles, docs, batch, keys, sizes)
+    mass = dense_masses(q, k, spec, tiles, start, docs, heads)[..., : keys // c]
+    if not factors.no_kernel(c):
+        scores = factors.listed(blocks, spec, docs, tiles)
+    else:
+        scores = _streamed(factors, k, spec, tiles, docs).masked_fill(blocks < 0, -torch.inf)
+    return _kernel_kl(scores, mass, distribution)
+
+
+def _streamed(
+    factors: IndexFactors, k: Tensor, spec: SelectionSpec, tiles: Tensor, docs: Tensor | None
+) -> Tensor:
+    """[B, H, n, keys // C] scores of a few tiles, recomputed in the backward."""
+    c, keys = spec.key_block, k.shape[1]
+    every = tile_layout(spec, factors.n_queries, keys, factors.q_start, docs, k.device)
+    layout = replace(
+        every,
+        anchor_Q=every.anchor_Q[tiles],
+        local_BQ=every.local_BQ[:, tiles],
+        sink_lo_BQ=every.sink_lo_BQ[:, tiles],
+        sink_hi_BQ=every.sink_hi_BQ[:, tiles],
+    )
+    prepared = factors.prepare(c, docs)
+    held = k.shape[0] * factors.elements(c) * (keys // c)
+    step = max(1, _CHUNK[k.device.type] // held)
+    pieces = []
+    for low in range(0, tiles.numel(), step):
+        part = slice(low, low + step)
+        args = (layout, part, keys // c, prepared)
+        pieces.append(checkpoint(factors.tile_scores, *args, use_reentrant=False))
+    return torch.cat(pieces, 2)
+
+
+def _kernel_kl(scores: Tensor, mass: Tensor, distribution: str) -> Tensor:
+    """Mean KL over the rows with two or more scores above -inf."""
+    from . import ops
+
+    scores, mass = scores.float().contiguous(), mass.float().contiguous()
+    rows, _ = ops.kl_rows(scores, mass, distribution == "log", _EPS)
+    loss, count = rows.flatten(1).sum(1).unbind()
+    return loss / count.detach().clamp_min(1)
+
+
 def _mean_kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
     rows = allowed.sum(-1) >= 2
     loss = _kl(scores, mass, allowed, distribution).masked_fill(~rows, 0)
     return loss.sum() / rows.sum().clamp_min(1)
 
 
-def _kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
-    """[...] KL(mass / sum(mass) || distribution of scores) over the allowed columns."""
+def _check(distribution: str) -> None:
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution {distribution!r} is not one of {DISTRIBUTIONS}")
+
+
+def _kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:
+    """[...] KL(mass / sum(mass) || distribution of scores) over the allowed columns."""
     if scores.shape[-1] == 0:
         return scores.new_zeros(scores.shape[:-1])
     scores = scores.float() if scores.dtype != torch.float64 else scores

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, selected_kl
-from gsa_kernels.selection import tile_layout
 from gsa_platform.contracts import LayerDims, Objective, Sequence
 
 from ..configs import KlObjectiveConfig
-from ..dense import spread
 
 
 class KlObjective(Objective):
@@ -54,14 +52,13 @@ class KlObjective(Objective):
     ) -> Tensor | None:
         total: Tensor | None = None
         if self.dense_rows:
-            shape = (q_BTHE.shape[1], k_BSKE.shape[1], seq.q_start, None)
-            tiles = spread(tile_layout(spec, *shape).n_tiles, self.dense_rows, seq.step)
+            tiles = drawn(q_BTHE, seq.q_start, spec.query_tile, self.dense_rows, seq.step)
             total = dense_kl(
                 factors,
                 q_BTHE.detach(),
                 k_BSKE.detach(),
                 spec,
-                torch.tensor(tiles),
+                tiles,
                 seq.doc_start_BS,
                 self.distribution,
             )
@@ -69,3 +66,16 @@ class KlObjective(Objective):
             part = selected_kl(factors, selection, mass, self.distribution)
             total = part if total is None else total + part
         return None if total is None else self.weight * total
+
+
+def drawn(q_BTHE: Tensor, q_start: int, tile: int, count: int, step: int) -> Tensor:
+    """[count] tile numbers, `dense.spread` of all tiles; never waits for the device of q.
+
+    Its arithmetic in float64 is that of Python, so every device draws the same.
+    """
+    n = -(-(q_start + q_BTHE.shape[1]) // tile) - q_start // tile
+    count = min(n, count)
+    shift = (step * 0.6180339887498949 + 0.5) % 1.0
+    place = torch.arange(count, device=q_BTHE.device, dtype=torch.float64) + shift
+    # A GPU would multiply by the reciprocal of a plain number.
+    return (place * n / torch.full_like(place, count)).long()

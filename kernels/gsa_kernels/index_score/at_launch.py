@@ -1,0 +1,119 @@
+"""Launches of the kernels that score listed blocks. Called by at_ops.py only."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_at import gradient_kernel, scores_kernel
+
+PROGRAMS = 1024  # of the backward, where rows are few and their lists long
+
+
+def _sizes(
+    q: Tensor, keys: Tensor, blocks: Tensor, r: int, sigmoid: bool, most: int
+) -> dict[str, Any]:
+    """Constants of both kernels. most: slots per step, fewer for large or exact products."""
+    heads, width = q.shape[2:]
+    groups, slots = blocks.shape[1], blocks.shape[3]
+    bj = max(16, triton.next_power_of_2(heads // groups))
+    bi = max(16, triton.next_power_of_2(width))
+    exact = q.element_size() == keys.element_size() == 4
+    large = bj * bi > 2048
+    most = 16 if large else min(most, 32 if exact else 64)
+    return dict(
+        J=heads,
+        D=width,
+        HS=groups,
+        R=r,
+        BJ=bj,
+        BI=bi,
+        BN=min(most, max(16, triton.next_power_of_2(slots))),
+        SIGMOID=sigmoid,
+        SAME=q.dtype == keys.dtype and q.element_size() == 2,
+        WIDE="ieee" if exact else "tf32x3",
+        num_warps=8 if large else 2,
+    )
+
+
+def scores(
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    tiles: Tensor | None,
+    r: int,
+    scale: float,
+    sigmoid: bool,
+) -> Tensor:
+    """[B, Hs, Q, N] float32; inputs contiguous."""
+    batch, groups, rows, slots = blocks.shape
+    out = torch.empty(blocks.shape, device=q.device, dtype=torch.float32)
+    sizes = _sizes(q, keys, blocks, r, sigmoid, 64)
+    scores_kernel[(batch * groups * rows, triton.cdiv(slots, sizes["BN"]))](
+        q, keys, weight, weight if bias is None else bias, blocks,
+        blocks if tiles is None else tiles, out,
+        q.shape[1], keys.shape[1], rows, slots, scale,
+        **sizes, HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return out
+
+
+def gradients(
+    dscore: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    tiles: Tensor | None,
+    r: int,
+    scale: float,
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dkeys, dweight, dbias) in the dtypes of the inputs, which are contiguous."""
+    batch, groups, rows, slots = blocks.shape
+    sizes = _sizes(q, keys, blocks, r, sigmoid, 32)
+    lines, bn = batch * groups * rows, sizes["BN"]
+    span = triton.cdiv(triton.cdiv(slots, triton.cdiv(PROGRAMS, lines)), bn) * bn
+    splits = triton.cdiv(slots, span)
+
+    def part(like: Tensor, *inner: int) -> Tensor:
+        # Parts of a sum are kept in float32; a whole one is rounded once.
+        dtype = like.dtype if splits == 1 else torch.float32
+        return torch.empty(splits, batch, rows, *inner, device=q.device, dtype=dtype)
+
+    heads, width = q.shape[2:]
+    dq, dw = part(q, heads, width), part(weight, heads)
+    dk = torch.zeros(keys.shape, device=q.device, dtype=torch.float32)
+    dbias = torch.empty(
+        (0,) if bias is None else (splits * batch * rows, heads),
+        device=q.device,
+        dtype=torch.float32,
+    )
+    gradient_kernel[(lines, splits)](
+        q, keys, weight, weight if bias is None else bias, blocks,
+        blocks if tiles is None else tiles, dscore, dq, dk, dw, dbias,
+        q.shape[1], keys.shape[1], rows, slots, span, scale,
+        **sizes, HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return (
+        _placed(dq, q, tiles, r),
+        dk.to(keys.dtype),
+        _placed(dw, weight, tiles, r),
+        None if bias is None else dbias.sum(0).to(bias.dtype),
+    )
+
+
+def _placed(parts: Tensor, like: Tensor, tiles: Tensor | None, r: int) -> Tensor:
+    """Gradient of all T rows from parts [SPLITS, B, Q, ...] of those that were scored."""
+    rows = parts[0] if parts.shape[0] == 1 else parts.sum(0).to(like.dtype)
+    if tiles is None and r == 1:
+        return rows
+    out = torch.zeros_like(like)
+    if tiles is None:
+        out[:, ::r] = rows
+        return out
+    return out.index_add_(1, tiles.long() * r, rows)

@@ -1,0 +1,78 @@
+"""torch.library operators over the kernels that score listed blocks. Imports no triton until an
+operator runs.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("gsa::block_scores", mutates_args=())
+def block_scores(
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    tiles: Tensor | None,
+    r: int,
+    scale: float,
+    sigmoid: bool,
+) -> Tensor:
+    """[B, Hs, Q, N] float32 scores of blocks [B, Hs, Q, N], -inf where those are negative.
+
+    q [B, T, J, I], keys [B, M, I], weight [B, T, J], bias [J]. Line i scores with row i R, or
+    tiles[i] R where tiles [Q] are given. N and M above 0, all contiguous, at most float32.
+    """
+    from . import at_launch
+
+    return at_launch.scores(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid)
+
+
+@block_scores.register_fake
+def _(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
+    return q.new_empty(blocks.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("gsa::block_scores_backward", mutates_args=())
+def block_scores_backward(
+    dscore: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    tiles: Tensor | None,
+    r: int,
+    scale: float,
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dkeys, dweight, dbias); dbias is empty without a bias. Adds dkeys up atomically."""
+    from . import at_launch
+
+    dq, dk, dw, dbias = at_launch.gradients(
+        dscore, q, keys, weight, bias, blocks, tiles, r, scale, sigmoid
+    )
+    # An output may not share its storage with another, nor be a part of a larger one.
+    return dq, dk, dw, q.new_empty(0) if dbias is None else dbias
+
+
+@block_scores_backward.register_fake
+def _(dscore, q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
+    dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(q), torch.empty_like(keys), torch.empty_like(weight), dbias
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, keys, weight, bias, blocks, tiles, ctx.r, ctx.scale, ctx.sigmoid = inputs
+    ctx.save_for_backward(q, keys, weight, bias, blocks, tiles)
+
+
+def _gradients(ctx, dscore):  # type: ignore[no-untyped-def]
+    q, keys, weight, bias, blocks, tiles = ctx.saved_tensors
+    dq, dk, dw, dbias = block_scores_backward(
+        dscore.contiguous(), q, keys, weight, bias, blocks, tiles, ctx.r, ctx.scale, ctx.sigmoid
+    )
+    return dq, dk, dw, None if bias is None else dbias, None, None, None, None, None
+
+
+block_scores.register_autograd(_gradients, setup_context=_setup)
