@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("gsa::block_scores", mutates_args=())
-def block_scores(
+@torch.library.custom_op("gsa::listed_scores", mutates_args=())
+def listed_scores(
     q: Tensor,
     keys: Tensor,
     weight: Tensor,
@@ -28,13 +28,13 @@ def block_scores(
     return at_launch.scores(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid)
 
 
-@block_scores.register_fake
+@listed_scores.register_fake
 def _(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
     return q.new_empty(blocks.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("gsa::block_scores_backward", mutates_args=())
-def block_scores_backward(
+@torch.library.custom_op("gsa::listed_scores_backward", mutates_args=())
+def listed_scores_backward(
     dscore: Tensor,
     q: Tensor,
     keys: Tensor,
@@ -56,7 +56,7 @@ def block_scores_backward(
     return dq, dk, dw, q.new_empty(0) if dbias is None else dbias
 
 
-@block_scores_backward.register_fake
+@listed_scores_backward.register_fake
 def _(dscore, q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
     dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(q), torch.empty_like(keys), torch.empty_like(weight), dbias
@@ -69,10 +69,10 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, dscore):  # type: ignore[no-untyped-def]
     q, keys, weight, bias, blocks, tiles = ctx.saved_tensors
-    dq, dk, dw, dbias = block_scores_backward(
+    dq, dk, dw, dbias = listed_scores_backward(
         dscore.contiguous(), q, keys, weight, bias, blocks, tiles, ctx.r, ctx.scale, ctx.sigmoid
     )
     return dq, dk, dw, None if bias is None else dbias, None, None, None, None, None
 
 
-block_scores.register_autograd(_gradients, setup_context=_setup)
+listed_scores.register_autograd(_gradients, setup_context=_setup)

@@ -171,7 +171,7 @@ class IndexFactors(BlockScores):
         """
         from . import at_ops
 
-        return at_ops.block_scores(
+        return at_ops.listed_scores(
             self.q_BTJI.contiguous(),
             self._scored_keys(spec.key_block, doc_start_BS).contiguous(),
             self.weight_BTJ.contiguous(),
