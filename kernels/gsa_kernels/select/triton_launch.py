@@ -1,0 +1,58 @@
+"""Launches of the selection kernels. Called by ops.py only."""
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_select import select_kernel, shrink_kernel
+
+LONGEST = 4096  # columns of a row that a program holds in registers
+MOST_BLOCKS = 16384  # choices per row
+
+
+def top_blocks(
+    scores: Tensor,
+    columns: int,
+    wanted: Tensor | None,
+    most: int,
+    width: int,
+    docs: Tensor | None,
+    sizes: list[int],
+    first_tile: int,
+    fine: Tensor,
+) -> Tensor:
+    """[B, H, rows, width] int32; see ops.top_blocks. fine [1] int32 is set to 0 by NaN."""
+    batch, heads, rows, stride = scores.shape
+    c, r, window, sinks = sizes or [1, 1, 1, 0]
+    device = scores.device
+    out = torch.empty(batch, heads, rows, width, device=device, dtype=torch.int32)
+    known, held = scores if wanted is None else wanted, scores if docs is None else docs
+    s = 0 if docs is None else docs.shape[1]
+    common = dict(
+        H=heads, C=c, R=r, WINDOW=window, SINKS=sinks,
+        HAS_DOCS=docs is not None, HAS_WANTED=wanted is not None,
+    )  # fmt: skip
+    ranged, listed = bool(sizes), columns > LONGEST
+    short, found, count, length = scores, scores, scores, columns
+    if listed:
+        bn = max(2048, triton.next_power_of_2(2 * width))
+        short = torch.empty(batch, heads, rows, bn, device=device)
+        found = torch.empty(batch, heads, rows, bn, device=device, dtype=torch.int32)
+        count = torch.empty(batch, heads, rows, device=device, dtype=torch.int32)
+        shrink_kernel[(rows, batch * heads)](
+            scores, known, held, short, found, count, fine,
+            s, first_tile, rows, columns, stride, most,
+            **common, RANGE=ranged, BN=bn,
+            num_warps=min(32, bn // 512),
+        )  # fmt: skip
+        length = stride = bn
+    bn = max(32, triton.next_power_of_2(length))
+    bm = min(8, max(1, 512 // bn))
+    select_kernel[(triton.cdiv(rows, bm), batch * heads)](
+        short, found, count, known, held, out, fine,
+        s, first_tile, rows, length, stride, most, width,
+        **common, RANGE=ranged and not listed, LISTED=listed,
+        BM=bm, BN=bn, BW=min(256, triton.next_power_of_2(width)),
+        num_warps=max(1, bn // 2048),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,70 @@
+"""Compile the launches of one selection for GPUs that are not there; run as a program.
+
+    python aot_select.py sm_90 C R T J I dtype k score
+
+Prints first the launches that one call makes, in order (kernels, and PyTorch's own operations that
+launch something), then one JSON object per kernel as aot_compile does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from aot_compile import record, report
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SILENT = ("empty", "view", "slice", "unsqueeze", "select", "_unsafe_view", "detach", "alias")
+
+
+class Launching(TorchDispatchMode):
+    """Names of the operations called that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        if name.startswith("aten::") and name.removeprefix("aten::") not in SILENT:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    from gsa_kernels.index_score.api import IndexFactors
+    from gsa_kernels.select import api, chunked
+    from gsa_kernels.selection import SelectionSpec
+
+    c, r, t, heads, width = (int(x) for x in sys.argv[2:7])
+    dtype, keys, block_score = getattr(torch, sys.argv[7]), int(sys.argv[8]), sys.argv[9]
+    factors = IndexFactors(
+        torch.empty(1, t, heads, width, dtype=dtype),
+        torch.empty(1, t, width, dtype=dtype),
+        torch.empty(1, t, heads, dtype=dtype),
+        torch.zeros(heads),
+        width**-0.5,
+        block_score=block_score,
+    )
+    spec = SelectionSpec(c, r, window=128, sinks=64)
+
+    def call() -> None:
+        rows = api._rows("triton", factors, spec, t, None, False)
+        with Launching() as seen:
+            chunked.run(rows, factors, spec, keys, keys, t, None, None, ())
+        print(json.dumps(seen.names))
+
+    launches = record(call)
+    print(json.dumps([kernel.__name__ for kernel, _, _ in launches]))
+    first = {kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(launches)}
+    last = {kernel.__name__: (kernel, *rest) for kernel, *rest in launches}
+    different = [v for n, v in last.items() if v[1] is not first[n][1]]
+    report([*first.values(), *different], int(sys.argv[1].removeprefix("sm_")))
+
+
+if __name__ == "__main__":
+    main()
