@@ -18,12 +18,13 @@ class _Shape:
     warps: int
 
 
-def _shape(rows: int, width: int, itemsize: int, block: int) -> _Shape:
+def _shape(rows: int, width: int, block: int) -> _Shape:
     """block: keys that one score is the largest of (1 where keys are scored as they are)."""
-    bm = 16 if rows <= 16 else 64
-    # The parts of the keys, or the halves of float32 ones, stay in shared memory.
-    keys = max(128 if width <= 64 and itemsize == 2 else 64, block)
-    return _Shape(bm, keys, 8 if bm * keys > 4096 else 4)
+    if rows <= 16:  # decoding: mostly reading keys
+        return _Shape(16, max(128 if width <= 64 else 64, block), 4)
+    # Small tiles leave room for four programs or more on a multiprocessor (registers).
+    keys = max(64, block)
+    return _Shape(64, keys, 4 if keys == 64 else 8)
 
 
 def _padded(width: int) -> int:
@@ -72,7 +73,7 @@ def block_scores(
     out = torch.empty(batch, heads, rows, stride, device=q_BTJI.device, dtype=torch.float32)
     wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
     block = triton.next_power_of_2(c) if single else 1
-    shape = _shape(rows, _padded(width), 4 if wide else 2, block)
+    shape = _shape(rows, _padded(width), block)
     grid = (triton.cdiv(columns * block, shape.keys), triton.cdiv(rows, shape.rows), batch * heads)
     score_kernel[grid](
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,

@@ -18,8 +18,6 @@ block, R queries per tile, BM rows and BN columns (or keys) per program.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def candidate_range(
@@ -157,6 +155,8 @@ def score_kernel(
             k_2 = tl.load(k_ptr + k_line + 2 * WIDTH, mask=k_mask, other=0.0)
         q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
         score = tl.zeros([BM, BN], tl.float32)
+        unit = -1.4426950408889634 if SIGMOID else 1.0  # the exponential's, in powers of 2
+        slope = scale * unit
         for j in range(JH):
             q_offset = (q_line + j)[:, None] * WIDTH + i[None, :]
             q = tl.load(q_ptr + q_offset, mask=row_ok[:, None] & (i < WIDTH)[None, :], other=0.0)
@@ -164,11 +164,11 @@ def score_kernel(
             if PARTS == 3:
                 x = product(q, k_2, x, WIDE)
                 x = product(q, k_1, x, WIDE)
-            x = product(q, k_0, x, WIDE) * scale
+            x = product(q, k_0, x, WIDE) * slope
             if HAS_BIAS:
-                x += tl.load(bias_ptr + h * JH + j).to(tl.float32)
+                x += tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
             if SIGMOID:
-                x = 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+                x = 1.0 / (1.0 + tl.exp2(x))
             else:
                 x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
             weight = tl.load(weight_ptr + q_line + j, mask=row_ok, other=0.0)

@@ -54,7 +54,7 @@ def run(
     if start % spec.query_tile:
         assert previous is not None
         kept = previous.blocks_BHQN[:, :, -1:, :width]
-        pieces.append(F.pad(kept, (0, width - kept.shape[-1]), value=-1))
+        pieces.append(_padded(kept, width))
         for name, parts in found.items():
             shape = (batch, factors.heads, 1, *TAIL.get(name, ()))
             parts.append(torch.zeros(shape, device=device))
@@ -77,7 +77,7 @@ def run(
         if n_blocks and width:
             wanted = blocks_wanted(keys, spec, width, shape, device)
             picked = rows.choose(scored, part, wanted, width, n_blocks)
-            pieces.append(F.pad(picked, (0, width - picked.shape[-1]), value=-1))
+            pieces.append(_padded(picked, width))
         else:
             pieces.append(torch.full((*shape, width), -1, dtype=torch.int32, device=device))
         tile = stop
@@ -89,6 +89,11 @@ def run(
     blocks = _joined(pieces)
     selection = Selection(spec, blocks, n_queries, n_keys, start, doc_start_BS)
     return Chosen(selection, {name: _joined(parts) for name, parts in found.items()})
+
+
+def _padded(blocks: Tensor, width: int) -> Tensor:
+    missing = width - blocks.shape[-1]
+    return F.pad(blocks, (0, missing), value=-1) if missing else blocks
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

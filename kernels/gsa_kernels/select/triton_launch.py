@@ -7,7 +7,6 @@ from torch import Tensor
 from .triton_select import select_kernel, shrink_kernel
 
 LONGEST = 4096  # columns of a row that a program holds in registers
-MOST_BLOCKS = 16384  # choices per row
 
 
 def top_blocks(
@@ -43,7 +42,7 @@ def top_blocks(
             scores, known, held, short, found, count, fine,
             s, first_tile, rows, columns, stride, most,
             **common, RANGE=ranged, BN=bn,
-            num_warps=min(32, bn // 512),
+            num_warps=min(32, bn // 256),
         )  # fmt: skip
         length = stride = bn
     bn = max(32, triton.next_power_of_2(length))
@@ -53,6 +52,6 @@ def top_blocks(
         s, first_tile, rows, length, stride, most, width,
         **common, RANGE=ranged and not listed, LISTED=listed,
         BM=bm, BN=bn, BW=min(256, triton.next_power_of_2(width)),
-        num_warps=max(1, bn // 2048),
+        num_warps=min(32, max(1, bn // (512 if listed else 1024))),
     )  # fmt: skip
     return out

@@ -86,17 +86,15 @@ def shrink_kernel(
     begin = first // 16 * 16
     row_ptr = score_ptr + entry * stride
     best = tl.full([BN], EMPTY, tl.int32)
-    count = tl.zeros([BN], tl.int32)
-    bad = tl.zeros([BN], tl.int32)
+    tally = tl.zeros([BN], tl.int32)  # candidates, and in the upper 16 bits NaN
     for low in range(begin, end, BN):
         column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
         key = ordered(score, ok)
         best = tl.maximum(best, key)
-        count += (key > EMPTY).to(tl.int32)
-        bad |= ((score != score) & ok).to(tl.int32)
-    tl.store(fine_ptr, 0, mask=tl.max(bad, 0) > 0)
+        tally += (key > EMPTY).to(tl.int32) + ((score != score) & ok).to(tl.int32) * 65536
+    tl.store(fine_ptr, 0, mask=tl.max(tally, 0) > 65535)
     want = wanted_of(wanted_ptr, entry, row >= 0, most, HAS_WANTED)
-    want = tl.minimum(want, tl.sum(count, 0))
+    want = tl.minimum(want, tl.sum(tally & 65535, 0))
     end = tl.where(want > 0, end, begin)
     high = tl.max(best, 0)
     threshold = 0 * row + (EMPTY + 1)
