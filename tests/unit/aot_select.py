@@ -1,6 +1,6 @@
 """Compile the launches of one selection for GPUs that are not there; run as a program.
 
-    python aot_select.py sm_90 C R T J I dtype k score
+    python aot_select.py sm_80,sm_90 C R T J I dtype k score
 
 Prints first the launches that one call makes, in order (kernels, and PyTorch's own operations that
 launch something), then one JSON object per kernel as aot_compile does.
@@ -68,7 +68,8 @@ def main() -> None:
     first = {kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(launches)}
     last = {kernel.__name__: (kernel, *rest) for kernel, *rest in launches}
     different = [v for n, v in last.items() if v[1] is not first[n][1]]
-    report([*first.values(), *different], int(sys.argv[1].removeprefix("sm_")))
+    for target in sys.argv[1].split(","):
+        report([*first.values(), *different], int(target.removeprefix("sm_")))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,12 @@ class _Shape:
     warps: int
 
 
-def _shape(rows: int, width: int, block: int) -> _Shape:
-    """block: keys that one score is the largest of (1 where keys are scored as they are)."""
+def _shape(rows: int, width: int, block: int, wide: bool) -> _Shape:
+    """block: keys that one score is the largest of (1 where keys are scored as they are). wide:
+    float32 operands, each in two halves."""
+    if wide:
+        keys = max(32 if width <= 64 else 64, block)
+        return _Shape(64 if rows > 16 and keys * width <= 2048 else 16, keys, 4)
     if rows <= 16:  # decoding: mostly reading keys
         return _Shape(16, max(128 if width <= 64 else 64, block), 4)
     # Small tiles leave room for four programs or more on a multiprocessor (registers).
@@ -73,7 +77,7 @@ def block_scores(
     out = torch.empty(batch, heads, rows, stride, device=q_BTJI.device, dtype=torch.float32)
     wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
     block = triton.next_power_of_2(c) if single else 1
-    shape = _shape(rows, _padded(width), block)
+    shape = _shape(rows, _padded(width), block, wide)
     grid = (triton.cdiv(columns * block, shape.keys), triton.cdiv(rows, shape.rows), batch * heads)
     score_kernel[grid](
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,

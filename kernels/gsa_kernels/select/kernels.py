@@ -8,12 +8,14 @@ from torch import Tensor
 
 from gsa_kernels.index_score import ops as score_ops
 from gsa_kernels.index_score.api import BlockScores, IndexFactors, Scored
-from gsa_kernels.selection import SelectionSpec, TileLayout
+from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
 from . import ops
 from .eager import EagerRows, named
 
 SCORES_HELD = 1 << 25  # float32 numbers: 128 MiB
+LONGEST = 4096  # columns of a row that a program holds in registers
+LONG_ROWS = 1024  # longer rows at a time: each has a list of 4096 candidates or more
 MOST_BLOCKS = 16384  # choices per row that the kernels take
 WIDEST = 128  # index channels
 
@@ -69,9 +71,13 @@ class FactorRows(KernelRows):
     ) -> None:
         self.factors: IndexFactors = factors
         self.spec, self.tile_layout = spec, layout
+        self.tiles = n_tiles(spec, factors.n_queries, factors.q_start)
         self.first_tile = factors.q_start // spec.query_tile
         self.sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks]
-        self.docs = None if doc_start_BS is None else doc_start_BS.contiguous()
+        batch, n_keys = factors.k_BSI.shape[:2]
+        self.docs = doc_start_BS
+        if doc_start_BS is not None:
+            self.docs = doc_start_BS[:, :n_keys].expand(batch, -1).contiguous()
         self.q, self.weight = factors.q_BTJI.contiguous(), factors.weight_BTJ.contiguous()
         self.bias = None if factors.bias_J is None else factors.bias_J.contiguous()
         self.keys: Tensor | None = None
@@ -80,8 +86,13 @@ class FactorRows(KernelRows):
         c, r = self.spec.key_block, self.spec.query_tile
         # Most tiles n whose n rows of blocks up to the last one's reach, n (reach + n R) / C, fit.
         reach = (self.first_tile + tile) * r + 1
-        room = SCORES_HELD * c // (self.q.shape[0] * self.factors.heads)
-        return tile + max(1, (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r))
+        lists = self.q.shape[0] * self.factors.heads
+        room = SCORES_HELD * c // lists
+        rows = (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r)
+        rows = min(rows, self.tiles - tile)
+        if reach + rows * r > LONGEST * c:
+            rows = min(rows, max(LONG_ROWS // lists, (LONGEST * c - reach) // r))
+        return tile + max(1, rows)
 
     def score(self, tiles: slice, n_blocks: int) -> Scored:
         factors, spec = self.factors, self.spec

@@ -4,9 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel
-
-LONGEST = 4096  # columns of a row that a program holds in registers
 
 
 def top_blocks(
