@@ -36,14 +36,9 @@ class Launching(TorchDispatchMode):
 
 
 def main() -> None:
-    from gsa_kernels.index_score import ops as score_ops
     from gsa_kernels.index_score.api import IndexFactors
-    from gsa_kernels.select import api, chunked, ops
+    from gsa_kernels.select import api, chunked
     from gsa_kernels.selection import SelectionSpec
-
-    for module, names in ((score_ops, ("pool_keys", "block_scores")), (ops, ("top_blocks",))):
-        for name in names:  # the bodies, so that what they call is seen
-            setattr(module, name, getattr(module, name)._init_fn)
 
     c, r, t, heads, width = (int(x) for x in sys.argv[2:7])
     dtype, keys, block_score = getattr(torch, sys.argv[7]), int(sys.argv[8]), sys.argv[9]

@@ -347,14 +347,15 @@ def test_operators_are_registered_truthfully():
     factors, docs = low(make_factors(50), torch.float16), docs_of(50, True)
     checks = ("test_schema", "test_faketensor")
     opcheck = torch.library.opcheck
-    opcheck(score_ops.pool_keys, (factors.k_BSI, docs, 8, 3), test_utils=checks)
+    opcheck(score_ops.pool_keys_operator, (factors.k_BSI, docs, 8, 3), test_utils=checks)
     keys = score_ops.pool_keys(factors.k_BSI, docs, 8, 3)
     sizes, tiles = [8, 16, 7, 3], [1, 4, 4]
     args = (factors.q_BTJI, keys, factors.weight_BTJ, factors.bias_J, docs)
     args = (*args, [*sizes, 0], tiles, 0.3, True, 2, False)
-    opcheck(score_ops.block_scores, args, test_utils=checks)
+    opcheck(score_ops.block_scores_operator, args, test_utils=checks)
     scores = score_ops.block_scores(*args)
-    opcheck(ops.top_blocks, (scores, 4, None, 3, 3, docs, sizes, 1), test_utils=checks)
+    args = (scores, 4, None, 3, 3, docs, sizes, 1)
+    opcheck(ops.top_blocks_operator, args, test_utils=checks)
 
 
 @documents

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from gsa_kernels.dispatch import undispatched
 
-@torch.library.custom_op("gsa::pool_keys", mutates_args=())
-def pool_keys(k: Tensor, docs: Tensor | None, block: int, parts: int) -> Tensor:
+ALIGNED = 32  # rows of scores begin at multiples of 128 bytes
+
+
+def _pool_keys(k: Tensor, docs: Tensor | None, block: int, parts: int) -> Tensor:
     """[B, S // block, parts, I] mean key of each whole block, as keys.pool_keys; no gradient.
 
     The mean is the sum of its parts, in the dtype of 16-bit keys; one part is float32.
@@ -16,14 +19,17 @@ def pool_keys(k: Tensor, docs: Tensor | None, block: int, parts: int) -> Tensor:
     return triton_launch.pool_keys(k, docs, block, parts)
 
 
-@pool_keys.register_fake
+pool_keys_operator = torch.library.custom_op("gsa::pool_keys", _pool_keys, mutates_args=())
+pool_keys = undispatched(_pool_keys, pool_keys_operator)
+
+
+@pool_keys_operator.register_fake
 def _(k, docs, block, parts):  # type: ignore[no-untyped-def]
     dtype = torch.float32 if parts == 1 else k.dtype
     return k.new_empty((k.shape[0], k.shape[1] // block, parts, k.shape[2]), dtype=dtype)
 
 
-@torch.library.custom_op("gsa::block_scores", mutates_args=())
-def block_scores(
+def _block_scores(
     q: Tensor,
     k: Tensor,
     weight: Tensor,
@@ -50,7 +56,13 @@ def block_scores(
     )
 
 
-@block_scores.register_fake
+block_scores_operator = torch.library.custom_op(
+    "gsa::block_scores", _block_scores, mutates_args=()
+)
+block_scores = undispatched(_block_scores, block_scores_operator)
+
+
+@block_scores_operator.register_fake
 def _(q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, single):  # type: ignore[no-untyped-def]
-    stride = -(-tiles[2] // 32) * 32
+    stride = -(-tiles[2] // ALIGNED) * ALIGNED
     return q.new_empty((q.shape[0], heads, tiles[1] - tiles[0], stride), dtype=torch.float32)

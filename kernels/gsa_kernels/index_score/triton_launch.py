@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from .ops import ALIGNED
 from .triton_scores import pool_kernel, score_kernel
-
-_ALIGNED = 32  # rows of scores begin at multiples of 128 bytes
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,17 @@ def _shape(rows: int, width: int, block: int, wide: bool) -> _Shape:
     return _Shape(64, keys, 4 if keys == 64 else 8)
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next one. As ceil_div, in place of Triton's, which cost microseconds a call."""
+    return 1 << (n - 1).bit_length()
+
+
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def pool_keys(k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int) -> Tensor:
@@ -43,9 +50,9 @@ def pool_keys(k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int) -> 
     out = torch.empty(batch, n, parts, width, device=k_BSI.device, dtype=dtype)
     if out.numel() == 0:
         return out
-    step = min(128, triton.next_power_of_2(block))
+    step = min(128, power_of_2(block))
     each = 128 // step
-    pool_kernel[(triton.cdiv(n, each), batch)](
+    pool_kernel[(ceil_div(n, each), batch)](
         k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys, n,
         WIDTH=width, BI=_padded(width), C=block, CP=step, BB=each, PARTS=parts,
         HAS_DOCS=docs_BS is not None,
@@ -73,12 +80,12 @@ def block_scores(
     batch, queries, index_heads, width = q_BTJI.shape
     key_rows, parts = k_BNPI.shape[1:3]
     rows = stop - first_tile
-    stride = -(-columns // _ALIGNED) * _ALIGNED
+    stride = ceil_div(columns, ALIGNED) * ALIGNED
     out = torch.empty(batch, heads, rows, stride, device=q_BTJI.device, dtype=torch.float32)
     wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
-    block = triton.next_power_of_2(c) if single else 1
+    block = power_of_2(c) if single else 1
     shape = _shape(rows, _padded(width), block, wide)
-    grid = (triton.cdiv(columns * block, shape.keys), triton.cdiv(rows, shape.rows), batch * heads)
+    grid = (ceil_div(columns * block, shape.keys), ceil_div(rows, shape.rows), batch * heads)
     score_kernel[grid](
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,
         weight_BTJ if docs_BS is None else docs_BS, out,

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from gsa_kernels.dispatch import undispatched
 from gsa_kernels.topk import refuse_nan
 
 
-@torch.library.custom_op("gsa::top_blocks", mutates_args=())
-def top_blocks(
+def _top_blocks(
     scores: Tensor,
     columns: int,
     wanted: Tensor | None,
@@ -35,6 +35,10 @@ def top_blocks(
     return out
 
 
-@top_blocks.register_fake
+top_blocks_operator = torch.library.custom_op("gsa::top_blocks", _top_blocks, mutates_args=())
+top_blocks = undispatched(_top_blocks, top_blocks_operator)
+
+
+@top_blocks_operator.register_fake
 def _(scores, columns, wanted, most, width, docs, sizes, first_tile):  # type: ignore[no-untyped-def]
     return scores.new_empty((*scores.shape[:3], width), dtype=torch.int32)

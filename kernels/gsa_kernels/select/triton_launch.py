@@ -1,8 +1,9 @@
 """Launches of the selection kernels. Called by ops.py only."""
 
 import torch
-import triton
 from torch import Tensor
+
+from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 
 from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel
@@ -33,7 +34,7 @@ def top_blocks(
     ranged, listed = bool(sizes), columns > LONGEST
     short, found, count, length = scores, scores, scores, columns
     if listed:
-        bn = max(2048, triton.next_power_of_2(2 * width))
+        bn = max(2048, power_of_2(2 * width))
         short = torch.empty(batch, heads, rows, bn, device=device)
         found = torch.empty(batch, heads, rows, bn, device=device, dtype=torch.int32)
         count = torch.empty(batch, heads, rows, device=device, dtype=torch.int32)
@@ -44,13 +45,13 @@ def top_blocks(
             num_warps=min(32, bn // 256),
         )  # fmt: skip
         length = stride = bn
-    bn = max(32, triton.next_power_of_2(length))
+    bn = max(32, power_of_2(length))
     bm = min(8, max(1, 512 // bn))
-    select_kernel[(triton.cdiv(rows, bm), batch * heads)](
+    select_kernel[(ceil_div(rows, bm), batch * heads)](
         short, found, count, known, held, out, fine,
         s, first_tile, rows, length, stride, most, width,
         **common, RANGE=ranged and not listed, LISTED=listed,
-        BM=bm, BN=bn, BW=min(256, triton.next_power_of_2(width)),
+        BM=bm, BN=bn, BW=min(256, power_of_2(width)),
         num_warps=min(32, max(1, bn // (512 if listed else 1024))),
     )  # fmt: skip
     return out
