@@ -14,7 +14,7 @@ from kernel_cases import granularity_id, make_documents, make_factors
 from gsa_kernels.index_score.api import HierarchicalFactors, PooledFactors, RandomScores
 from gsa_kernels.index_score.keys import pool_keys
 from gsa_kernels.index_score.reference import block_score_matrix
-from gsa_kernels.select.api import select
+from gsa_kernels.select.api import STATISTICS, select
 from gsa_kernels.selection import SelectionSpec
 from gsa_kernels.topk import comparable, top_blocks
 
@@ -226,8 +226,7 @@ def test_in_pieces(granularity, cuts, documents):
             k_BSI=factors.k_BSI[:, :stop],
             q_start=start,
         )
-        held = None if docs is None else docs[:, :stop]
-        part = select(piece, spec, 45, 45, stop - start, held, tail, impl="triton").selection
+        part = select(piece, spec, 45, 45, stop - start, docs, tail, impl="triton").selection
         expected = whole.to_dense_mask()[:, :, start:stop, :stop]
         assert torch.equal(part.to_dense_mask(), expected)
         tail = part.tail()
@@ -251,12 +250,11 @@ def by_variance(statistics):
 def test_rules_and_statistics(documents):
     factors, docs = low(make_factors(100, heads=2)), docs_of(100, documents)
     spec = SelectionSpec(8, 16, window=7, sinks=3, heads=2)
-    names = ("count", "mean", "variance", "max", "entropy", "histogram")
     got, expected = (
-        select(factors, spec, by_variance, 50, 100, docs, None, names, impl=impl)
+        select(factors, spec, by_variance, 50, 100, docs, None, STATISTICS, impl=impl)
         for impl in ("triton", "eager")
     )
-    for name in names[:-1]:
+    for name in STATISTICS[:-1]:
         torch.testing.assert_close(
             got.statistics[name], expected.statistics[name], rtol=1e-4, atol=1e-6
         )
@@ -331,7 +329,11 @@ def test_nan_in_a_long_row_and_of_any_bits(monkeypatch):
 def test_no_result_depends_on_uninitialised_memory(monkeypatch):
     factors, docs = low(make_factors(100)), docs_of(100, True)
     spec = SelectionSpec(8, 16, window=7, sinks=3)
-    clean = select(factors, spec, 45, 45, 100, docs, impl="triton").selection
+
+    def run(names):
+        return select(factors, spec, 45, 45, 100, docs, None, names, impl="triton")
+
+    clean = run(STATISTICS)
     made = []
     empty = torch.empty
 
@@ -340,9 +342,11 @@ def test_no_result_depends_on_uninitialised_memory(monkeypatch):
         return made[-1].fill_(torch.nan if made[-1].is_floating_point() else 77)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    dirty = select(factors, spec, 45, 45, 100, docs, impl="triton").selection
-    assert len(made) == 3
-    assert torch.equal(dirty.blocks_BHQN, clean.blocks_BHQN)
+    for names in ((), STATISTICS):
+        dirty = run(names)
+        assert torch.equal(dirty.selection.blocks_BHQN, clean.selection.blocks_BHQN)
+    assert len(made) == 6
+    torch.testing.assert_close(dirty.statistics, clean.statistics, rtol=0, atol=0)
 
 
 def test_operators_are_registered_truthfully():
@@ -374,6 +378,32 @@ def test_one_compiled_graph(documents):
 
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(factors.q_BTJI), choose(factors.q_BTJI))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("granularity", [(64, 64), (64, 1), (1, 1)], ids=granularity_id)
+def test_captured_in_a_cuda_graph(granularity):
+    factors = low(make_factors(6000, width=64), torch.bfloat16)
+    spec = SelectionSpec(*granularity, window=128, sinks=64)
+
+    def step():
+        return select(factors, spec, 1024, 1024, 6000, impl="triton").selection.blocks_BHQN
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    factors.q_BTJI.normal_()
+    graph.replay()
+    assert torch.equal(captured, step())
+    expected = select(factors, spec, 1024, 1024, 6000, impl="eager").selection
+    # Sums in another order move few scores over a step of the comparison.
+    different = (captured != expected.blocks_BHQN).any(-1).float().mean()
+    assert different < (0.9 if granularity == (1, 1) else 0.2)
 
 
 def test_refusals():

@@ -8,6 +8,8 @@ from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel
 
+WARP = 1024  # columns of a row per warp: 32 registers of keys
+
 
 def top_blocks(
     scores: Tensor,
@@ -52,6 +54,6 @@ def top_blocks(
         s, first_tile, rows, length, stride, most, width,
         **common, RANGE=ranged and not listed, LISTED=listed,
         BM=bm, BN=bn, BW=min(256, power_of_2(width)),
-        num_warps=min(32, max(1, bn // (512 if listed else 1024))),
+        num_warps=min(32, max(1, bn // (WARP // 2 if listed else WARP))),
     )  # fmt: skip
     return out
