@@ -1,6 +1,6 @@
 """Compile the launches of one selection for GPUs that are not there; run as a program.
 
-    python aot_select.py sm_80,sm_90 C R T J I dtype k score
+    python aot_select.py sm_80,sm_90 C R T J I dtype[+dtype of keys] k score [docs]
 
 Prints first the launches that one call makes, in order (kernels, and PyTorch's own operations that
 launch something), then one JSON object per kernel as aot_compile does.
@@ -41,11 +41,13 @@ def main() -> None:
     from gsa_kernels.selection import SelectionSpec
 
     c, r, t, heads, width = (int(x) for x in sys.argv[2:7])
-    dtype, keys, block_score = getattr(torch, sys.argv[7]), int(sys.argv[8]), sys.argv[9]
+    dtypes = [getattr(torch, name) for name in sys.argv[7].split("+")]
+    keys, block_score = int(sys.argv[8]), sys.argv[9]
+    docs = torch.zeros(1, t, dtype=torch.long) if sys.argv[10:] else None
     factors = IndexFactors(
-        torch.empty(1, t, heads, width, dtype=dtype),
-        torch.empty(1, t, width, dtype=dtype),
-        torch.empty(1, t, heads, dtype=dtype),
+        torch.empty(1, t, heads, width, dtype=dtypes[0]),
+        torch.empty(1, t, width, dtype=dtypes[-1]),
+        torch.empty(1, t, heads, dtype=dtypes[0]),
         torch.zeros(heads),
         width**-0.5,
         block_score=block_score,
@@ -53,9 +55,9 @@ def main() -> None:
     spec = SelectionSpec(c, r, window=128, sinks=64)
 
     def call() -> None:
-        rows = api._rows("triton", factors, spec, t, None, False)
+        rows = api._rows("triton", factors, spec, t, docs, False)
         with Launching() as seen:
-            chunked.run(rows, factors, spec, keys, keys, t, None, None, ())
+            chunked.run(rows, factors, spec, keys, keys, t, docs, None, ())
         print(json.dumps(seen.names))
 
     launches = record(call)

@@ -209,6 +209,14 @@ def test_scores_are_good_to_far_more_than_the_compared_bits(dtype, activation, b
     assert (error / size).max() < 2**-15
 
 
+def test_queries_and_keys_of_different_precision():
+    factors = low(whole_numbers(63, block_score="max"))
+    spec = SelectionSpec(8, 16, window=7, sinks=3)
+    mixed = replace(factors, q_BTJI=factors.q_BTJI.half(), weight_BTJ=factors.weight_BTJ.half())
+    got = select(mixed, spec, 30, 30, 63, impl="triton").selection.blocks_BHQN
+    assert torch.equal(got, select(factors, spec, 30, 30, 63, impl="eager").selection.blocks_BHQN)
+
+
 @documents
 @pytest.mark.parametrize("granularity", [(16, 16), (8, 32)], ids=granularity_id)
 @pytest.mark.parametrize("cuts", [[50], [16, 17, 48, 99]], ids=str)

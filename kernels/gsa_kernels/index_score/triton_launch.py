@@ -51,7 +51,7 @@ def pool_keys(k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int) -> 
     if out.numel() == 0:
         return out
     step = min(128, power_of_2(block))
-    each = 128 // step
+    each = max(1, 8192 // _padded(width) // step)
     pool_kernel[(ceil_div(n, each), batch)](
         k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys, n,
         WIDTH=width, BI=_padded(width), C=block, CP=step, BB=each, PARTS=parts,

@@ -84,8 +84,8 @@ def pool_kernel(
 def product(q, k, acc, WIDE: tl.constexpr):
     """acc + q [BM, I] . k [BN, I] in float32."""
     if WIDE:
-        return tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), acc, input_precision="tf32x3")
-    return tl.dot(q, tl.trans(k), acc)
+        q, k = q.to(tl.float32), k.to(tl.float32)
+    return tl.dot(q, tl.trans(k), acc, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
