@@ -11,6 +11,7 @@ from gsa_kernels.index_score.api import BlockScores, IndexFactors, Scored
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
 from . import ops
+from .chunked import Rows
 from .eager import EagerRows, named
 
 SCORES_HELD = 1 << 25  # float32 numbers: 128 MiB
@@ -59,7 +60,7 @@ class KernelRows(EagerRows):
         return named(_top(scores, scores.shape[-1], wanted, width, None, [], 0), scored)
 
 
-class FactorRows(KernelRows):
+class FactorRows(Rows):
     """IndexFactors, whose scores have a kernel. The layout is only for statistics."""
 
     def __init__(
@@ -69,7 +70,7 @@ class FactorRows(KernelRows):
         layout: TileLayout | None,
         doc_start_BS: Tensor | None,
     ) -> None:
-        self.factors: IndexFactors = factors
+        self.factors = factors
         self.spec, self.tile_layout = spec, layout
         self.tiles = n_tiles(spec, factors.n_queries, factors.q_start)
         self.first_tile = factors.q_start // spec.query_tile

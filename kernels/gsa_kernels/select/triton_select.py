@@ -39,6 +39,12 @@ def wanted_of(wanted_ptr, entry, ok, most, HAS_WANTED: tl.constexpr):
 
 
 @triton.jit
+def next_top(n, want, middle, top):
+    """The end of the bisection's interval once n keys are no smaller than its middle."""
+    return tl.where(n > want, top, tl.where(n == want, middle, middle - 1))
+
+
+@triton.jit
 def chunk(row_ptr, low, first, end, BN: tl.constexpr, PADDED: tl.constexpr):
     """Scores of columns low .. low + BN - 1 of one row, and which of them lie in first .. end."""
     column = low + tl.arange(0, BN)
@@ -122,9 +128,9 @@ def shrink_kernel(
             for low in range(begin, end, BN):
                 column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
                 counts += (ordered(score, ok) >= middle).to(tl.int32)
-            enough = tl.sum(counts, 0) >= want
-            threshold = tl.where(enough, middle, threshold)
-            top = tl.where(enough, top, middle - 1)
+            n = tl.sum(counts, 0)
+            threshold = tl.where(n >= want, middle, threshold)
+            top = next_top(n, want, middle, top)
         counts = tl.zeros([BN], tl.int32)
         for low in range(begin, end, BN):
             column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
@@ -209,9 +215,9 @@ def select_kernel(
     threshold = tl.where(some, least, 0)
     while tl.max(top - threshold, 0) > 0:
         middle = (threshold + top + 1) >> 1
-        enough = tl.sum((key >= middle[:, None]).to(tl.int32), 1) >= want
-        threshold = tl.where(enough, middle, threshold)
-        top = tl.where(enough, top, middle - 1)
+        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        threshold = tl.where(n >= want, middle, threshold)
+        top = next_top(n, want, middle, top)
     above = key > threshold[:, None]
     tie = key == threshold[:, None]
     room = want - tl.sum(above.to(tl.int32), 1)
