@@ -54,13 +54,15 @@ def select(
     budget: keys a query may attend in all (window and sinks included), or a rule that maps the
     statistics named (each [B, H, Q]; count is always there) to such budgets, at most max_keys.
     previous: the unfinished tile of the last call (`Selection.tail`), needed when q_start lies
-    inside a tile. Raises ValueError for an unknown statistic, and when q_start lies inside a tile
-    and previous does not end there, when impl cannot run, and on NaN scores (a CUDA device
-    asserts). impl: triton (the default on CUDA: scores of plain IndexFactors and the top-k of any
-    scores in kernels), eager or reference.
+    inside a tile. impl: triton (the default on CUDA: scores of plain IndexFactors and the top-k of
+    any scores in kernels), eager or reference. Raises ValueError for an unknown statistic, fewer
+    queries in the factors, when q_start lies inside a tile and previous does not end there, when
+    impl cannot run, and on NaN scores (a CUDA device asserts).
     """
     from . import chunked, reference
 
+    if n_queries > factors.n_queries:
+        raise ValueError(f"the factors hold {factors.n_queries} queries, not {n_queries}")
     if factors.q_start % spec.query_tile:
         if previous is None or previous.q_start + previous.n_queries != factors.q_start:
             raise ValueError(

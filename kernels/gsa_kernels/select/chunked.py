@@ -48,23 +48,26 @@ def run(
     device = factors.k_BSI.device
     batch, n_keys = factors.k_BSI.shape[:2]
     width, tiles = spec.max_blocks(max_keys, n_keys), n_tiles(spec, n_queries, start)
-    pieces: list[Tensor] = []
+    lists = (batch, factors.heads)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    tile = 0
-    if start % spec.query_tile:
-        assert previous is not None
-        kept = previous.blocks_BHQN[:, :, -1:, :width]
-        pieces.append(_padded(kept, width))
+    tile = 1 if start % spec.query_tile else 0
+    whole = tile == 0 and tiles > 0 and rows.stop(0) >= tiles  # one chunk: nothing to copy
+    blocks = None
+    if not whole:
+        blocks = torch.full((*lists, tiles, width), -1, dtype=torch.int32, device=device)
+    if tile:
+        assert previous is not None and blocks is not None
+        kept = previous.blocks_BHQN[:, :, -1, :width]
+        blocks[:, :, 0, : kept.shape[-1]] = kept
+    if not whole:
         for name, parts in found.items():
-            shape = (batch, factors.heads, 1, *TAIL.get(name, ()))
-            parts.append(torch.zeros(shape, device=device))
-        tile = 1
+            parts.append(torch.zeros(*lists, tile, *TAIL.get(name, ()), device=device))
     while tile < tiles:
         stop = min(tiles, rows.stop(tile))
         part = slice(tile, stop)
         anchor = (start // spec.query_tile + stop - 1) * spec.query_tile
         n_blocks = max(0, anchor - spec.window + 1) // c
-        shape = (batch, factors.heads, stop - tile)
+        shape = (*lists, stop - tile)
         if n_blocks and (width or names):
             scored = rows.score(part, n_blocks)
         else:
@@ -74,30 +77,21 @@ def run(
         for name, parts in found.items():
             parts.append(values[name])
         keys = budget(values) if callable(budget) else budget
+        wanted = blocks_wanted(keys, spec, width, shape, device)
         if n_blocks and width:
-            wanted = blocks_wanted(keys, spec, width, shape, device)
             picked = rows.choose(scored, part, wanted, width, n_blocks)
-            pieces.append(_padded(picked, width))
         else:
-            pieces.append(torch.full((*shape, width), -1, dtype=torch.int32, device=device))
+            picked = torch.full((*shape, 0), -1, dtype=torch.int32, device=device)
+        if blocks is None:
+            missing = width - picked.shape[-1]
+            blocks = F.pad(picked, (0, missing), value=-1) if missing else picked
+        else:
+            blocks[:, :, part, : picked.shape[-1]] = picked
         tile = stop
-    if not pieces:  # no query
-        pieces.append(torch.full((batch, factors.heads, 0, width), -1, device=device).int())
-        for name, parts in found.items():
-            shape = (batch, factors.heads, 0, *TAIL.get(name, ()))
-            parts.append(torch.zeros(shape, device=device))
-    blocks = _joined(pieces)
+    assert blocks is not None
     selection = Selection(spec, blocks, n_queries, n_keys, start, doc_start_BS)
-    return Chosen(selection, {name: _joined(parts) for name, parts in found.items()})
-
-
-def _padded(blocks: Tensor, width: int) -> Tensor:
-    missing = width - blocks.shape[-1]
-    return F.pad(blocks, (0, missing), value=-1) if missing else blocks
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    stats = {n: torch.cat(x, 2) if len(x) > 1 else x[0] for n, x in found.items()}
+    return Chosen(selection, stats)
 
 
 def blocks_wanted(
