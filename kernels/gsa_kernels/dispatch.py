@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "eager", "reference", "triton")
 
@@ -44,3 +47,14 @@ def _triton_reason(device_type: str, interpreted: bool) -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return ""
+
+
+def undispatched(body: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
+    """The operator inside torch.compile, its body elsewhere: dispatching a custom operator takes
+    the host longer than launching its kernel. Only for operators without gradients."""
+
+    def call(*args: Any) -> Tensor:
+        found: Tensor = operator(*args) if torch.compiler.is_compiling() else body(*args)
+        return found
+
+    return call

@@ -101,6 +101,17 @@ class TileLayout:
         return after_sinks & (block + c <= self.local_BQ[:, tiles, None])
 
 
+def n_tiles(spec: SelectionSpec, n_queries: int, q_start: int = 0) -> int:
+    """Query tiles that the queries q_start .. q_start + n_queries - 1 touch."""
+    r = spec.query_tile
+    return -(-(q_start + n_queries) // r) - q_start // r
+
+
+def _check_range(q_start: int, n_queries: int, n_keys: int) -> None:
+    if q_start < 0 or q_start + n_queries > n_keys:
+        raise ValueError(f"queries {q_start}..{q_start + n_queries} do not lie in {n_keys} keys")
+
+
 def tile_layout(
     spec: SelectionSpec,
     n_queries: int,
@@ -114,12 +125,11 @@ def tile_layout(
     doc_start_BS holds for each position the first position of its document.
     Raises ValueError unless the queries are the last of the keys or inside them.
     """
-    if q_start < 0 or q_start + n_queries > n_keys:
-        raise ValueError(f"queries {q_start}..{q_start + n_queries} do not lie in {n_keys} keys")
+    _check_range(q_start, n_queries, n_keys)
     c, r = spec.key_block, spec.query_tile
     device = doc_start_BS.device if doc_start_BS is not None else device
-    first, last = q_start // r, -(-(q_start + n_queries) // r)
-    anchor_Q = torch.arange(first, last, device=device) * r
+    first = q_start // r
+    anchor_Q = torch.arange(first, first + n_tiles(spec, n_queries, q_start), device=device) * r
     local_BQ = ((anchor_Q - spec.window + 1).clamp_min(0) // c * c)[None]
     if doc_start_BS is None:
         start_BQ = torch.zeros_like(local_BQ)
@@ -142,9 +152,11 @@ class Selection:
     doc_start_BS: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.blocks_BHQN.ndim != 4 or self.blocks_BHQN.shape[2] != self.layout.n_tiles:
+        _check_range(self.q_start, self.n_queries, self.n_keys)
+        tiles = n_tiles(self.spec, self.n_queries, self.q_start)
+        if self.blocks_BHQN.ndim != 4 or self.blocks_BHQN.shape[2] != tiles:
             raise ValueError(
-                f"blocks must be [batch, heads, {self.layout.n_tiles} tiles, slots], "
+                f"blocks must be [batch, heads, {tiles} tiles, slots], "
                 f"got {tuple(self.blocks_BHQN.shape)}"
             )
 

@@ -11,8 +11,10 @@ def comparable(scores: Tensor) -> Tensor:
     which differs with the shape of a matrix product: unrounded, decoding one token at a time would
     choose another of them than one pass over the sequence does.
     """
-    bits = scores.float().contiguous().view(torch.int32)
-    return ((bits + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
+    scores = scores.float().contiguous()
+    rounded = (scores.view(torch.int32) + (1 << 11)) & ~((1 << 12) - 1)
+    # The NaN that a GPU makes (all bits set) would overflow to a zero.
+    return torch.where(scores.isnan(), scores, rounded.view(torch.float32))
 
 
 def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
@@ -22,7 +24,7 @@ def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
     asserts instead, since the host does not wait for it).
     """
     best = scores.topk(width, -1).values
-    _refuse_nan(best)
+    refuse_nan(best.isnan().any().logical_not())
     wanted = torch.minimum(wanted, (best > -torch.inf).sum(-1))
     threshold = best.gather(-1, (wanted - 1).clamp_min(0)[..., None])
     above = scores > threshold
@@ -37,10 +39,10 @@ def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
     return out[..., :width]
 
 
-def _refuse_nan(scores: Tensor) -> None:
+def refuse_nan(fine: Tensor) -> None:
+    """Raise ValueError unless `fine` (one element) is true; a CUDA device asserts instead."""
     text = "index scores are not finite (NaN): lower the learning rate"
-    bad = scores.isnan().any()
-    if scores.device.type == "cuda":
-        torch._assert_async(~bad, text)
-    elif bad:
+    if fine.device.type == "cuda":
+        torch._assert_async(fine, text)
+    elif not fine:
         raise ValueError(text)

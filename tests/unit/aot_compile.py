@@ -119,13 +119,18 @@ def launches_of(
     return record(both)
 
 
-def main() -> None:
-    capability = int(sys.argv[1].removeprefix("sm_"))
-    sizes = [int(x) for x in sys.argv[2:8]]
-    for kernel, arguments, options in launches_of(capability, *sizes, getattr(torch, sys.argv[8])):
+def report(launches: list[Any], capability: int) -> None:
+    """Print what each launch takes of the GPU, one JSON object a line."""
+    for kernel, arguments, options in launches:
         built = compiled(kernel, arguments, options, capability)
         row = {"kernel": kernel.__name__, "shared": built.metadata.shared, **options}
         print(json.dumps(row | resources(built.asm["cubin"])), flush=True)
+
+
+def main() -> None:
+    capability = int(sys.argv[1].removeprefix("sm_"))
+    sizes = [int(x) for x in sys.argv[2:8]]
+    report(launches_of(capability, *sizes, getattr(torch, sys.argv[8])), capability)
 
 
 if __name__ == "__main__":

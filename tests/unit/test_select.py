@@ -203,8 +203,10 @@ def test_in_pieces(granularity, cuts, documents, impl):
 def test_errors():
     factors = make_factors(20)
     spec = SelectionSpec(4, 8)
-    with pytest.raises(ValueError, match="auto, eager and reference, not 'nonsense'"):
+    with pytest.raises(ValueError, match="'nonsense' is not one of auto"):
         select(factors, spec, 16, 16, 20, impl="nonsense")
+    with pytest.raises(ValueError, match="hold 20 queries, not 24"):
+        select(factors, spec, 16, 16, 24)
     inside = replace(factors.rows(torch.arange(12, 20)), q_start=12)
     with pytest.raises(ValueError, match="unfinished tile"):
         select(inside, spec, 16, 16, 8)

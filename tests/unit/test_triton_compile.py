@@ -25,19 +25,39 @@ CASES = [("tile", target) for target in SHARED]
 CASES += [(shape, "sm_90") for shape in SHAPES if shape != "tile"]
 
 
-@pytest.mark.parametrize(("shape", "target"), CASES)
-def test_launches_compile_within_limits(shape, target):
+SELECTIONS = {  # targets, C, R, T, J, I, dtype, k, score, docs -> launches of one call
+    "sm_80,sm_90,sm_100 64 64 131072 4 64 bfloat16 2048 mean": [
+        "pool_kernel", "score_kernel", "select_kernel",
+    ],
+    "sm_90 1 1 6000 4 64 bfloat16 2048 mean": [
+        "score_kernel", "select_kernel",
+        *["score_kernel", "shrink_kernel", "select_kernel"] * 2,
+    ],
+    "sm_80,sm_90 128 64 8192 4 64 bfloat16+float32 2048 max docs": [
+        "score_kernel", "select_kernel",
+    ],
+    "sm_90 64 1 8192 4 64 bfloat16 2048 mean docs": [
+        "pool_kernel", "score_kernel", "select_kernel",
+    ],
+}  # fmt: skip
+
+
+def lines_of(program: str, *arguments: str):
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = Path(__file__).parent / "aot_compile.py"
     done = subprocess.run(
-        [sys.executable, str(program), target, *SHAPES[shape].split()],
+        [sys.executable, str(Path(__file__).parent / program), *arguments],
         capture_output=True,
         text=True,
         env=environ,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("shape", "target"), CASES)
+def test_launches_compile_within_limits(shape, target):
+    rows = lines_of("aot_compile.py", target, *SHAPES[shape].split())
     names = {row["kernel"] for row in rows}
     owned = not SHAPES[shape].startswith("1 ")
     assert names == {"forward_kernel", "mass_kernel", "delta_kernel", "dq_kernel"} | (
@@ -47,3 +67,15 @@ def test_launches_compile_within_limits(shape, target):
         assert row["shared"] <= SHARED[target], row
         # A few registers to local memory cost little; an accumulator there is a disaster.
         assert row["local"] <= 1024, row
+
+
+@pytest.mark.parametrize("arguments", SELECTIONS)
+def test_selections_compile_without_spills_and_launch_little(arguments):
+    pytorch, kernels, *rows = lines_of("aot_select.py", *arguments.split())
+    assert kernels == SELECTIONS[arguments]
+    # Per chunk of rows: a flag, and the test that no NaN has cleared it. Several are copied.
+    chunks = kernels.count("select_kernel")
+    assert len(pytorch) == (2 if chunks == 1 else 3 * chunks + 1)
+    for row in rows:
+        # Two words of stack are no spilled tile.
+        assert row["shared"] <= min(SHARED.values()) and row["local"] <= 8, row

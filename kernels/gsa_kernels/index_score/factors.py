@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from gsa_kernels.dispatch import triton_reason
 from gsa_kernels.selection import Selection, SelectionSpec, TileLayout
 
-from .keys import own_document, pool_keys, take
+from .keys import own_document, pool_keys, take, wide
 from .scores import _CHUNK, BlockScores
 
 ACTIVATIONS = ("sigmoid", "relu")
@@ -86,8 +86,8 @@ class IndexFactors(BlockScores):
         """[B, H, T, S] scores of the held queries against the keys given (a few rows only)."""
         batch, rows, heads, width = self.q_BTJI.shape
         with torch.autocast(k_BSI.device.type, enabled=False):
-            q = (_wide(self.q_BTJI) * self.scale).reshape(batch, rows * heads, width)
-            logits = q @ _wide(k_BSI).transpose(1, 2)
+            q = (wide(self.q_BTJI) * self.scale).reshape(batch, rows * heads, width)
+            logits = q @ wide(k_BSI).transpose(1, 2)
             return self._combine(logits.view(batch, rows, heads, -1))
 
     def gathered(self, k_BHTNI: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class IndexFactors(BlockScores):
         batch, rows, heads, width = self.q_BTJI.shape
         groups = k_BHTNI.shape[1]
         with torch.autocast(k_BHTNI.device.type, enabled=False):
-            q = _wide(self.q_BTJI) * self.scale
+            q = wide(self.q_BTJI) * self.scale
             q = q.view(batch, rows, groups, heads // groups, width).transpose(1, 2)
-            logits = q @ _wide(k_BHTNI).transpose(-1, -2)  # [B, H, T, J/H, N]
+            logits = q @ wide(k_BHTNI).transpose(-1, -2)  # [B, H, T, J/H, N]
             return self._combine(logits.transpose(1, 2).reshape(batch, rows, heads, -1))
 
     def _combine(self, logits_BTJN: Tensor) -> Tensor:
@@ -223,8 +223,3 @@ class IndexFactors(BlockScores):
             args = (at_anchor.q_BTJI[:, lo:hi], at_anchor.weight_BTJ[:, lo:hi], keys)
             pieces.append(checkpoint(piece, *args, lo, hi, use_reentrant=False))
         return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: scores of 8 bits, as bfloat16 has, would tie most keys of a context."""
-    return x if x.dtype == torch.float64 else x.float()

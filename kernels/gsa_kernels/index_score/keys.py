@@ -5,22 +5,28 @@ from torch import Tensor
 
 
 def pool_keys(k_BSI: Tensor, block: int, doc_start_BS: Tensor | None = None) -> Tensor:
-    """Mean key of each whole block, [B, S // block, I].
+    """Mean key of each whole block, [B, S // block, I], at least float32 where block > 1.
 
     A block that holds the end of one document and the start of another is the mean over the
     later document's keys only: queries that can select it belong to that document or a later one.
     """
     batch, keys, width = k_BSI.shape
     n = keys // block
-    k = k_BSI[:, : n * block].view(batch, n, block, width)
     if block == 1:
-        return k.squeeze(2)
+        return k_BSI
+    # Not in 16 bits: selection compares scores to 12.
+    k = wide(k_BSI)[:, : n * block].view(batch, n, block, width)
     if doc_start_BS is None:
         return k.mean(2)
     position = torch.arange(n * block, device=k_BSI.device).view(n, block)
     start = doc_start_BS[:, block - 1 : n * block : block]
     keep = (position >= start[..., None]).to(k.dtype)[..., None]
     return (k * keep).sum(2) / keep.sum(2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: scores of 8 bits, as bfloat16 has, would tie most keys of a context."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def own_document(

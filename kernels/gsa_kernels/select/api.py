@@ -7,15 +7,20 @@ sinks are never candidates: they are attended anyway and are paid from the budge
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.api import BlockScores
-from gsa_kernels.selection import Selection, SelectionSpec
+from gsa_kernels.dispatch import resolve, triton_reason
+from gsa_kernels.index_score.api import BlockScores, IndexFactors
+from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 from gsa_kernels.topk import comparable
 
 from .statistics import STATISTICS, check_names
+
+if TYPE_CHECKING:
+    from . import chunked
 
 __all__ = ["BudgetRule", "Chosen", "STATISTICS", "comparable", "select"]
 
@@ -49,21 +54,68 @@ def select(
     budget: keys a query may attend in all (window and sinks included), or a rule that maps the
     statistics named (each [B, H, Q]; count is always there) to such budgets, at most max_keys.
     previous: the unfinished tile of the last call (`Selection.tail`), needed when q_start lies
-    inside a tile. Raises ValueError for an unknown statistic, and when q_start lies inside a tile
-    and previous does not end there.
+    inside a tile. impl: triton (the default on CUDA: scores of plain IndexFactors and the top-k of
+    any scores in kernels), eager or reference. Raises ValueError for an unknown statistic, fewer
+    queries in the factors, when q_start lies inside a tile and previous does not end there, when
+    impl cannot run, and on NaN scores (a CUDA device asserts).
     """
-    from . import eager, reference
+    from . import chunked, reference
 
+    if n_queries > factors.n_queries:
+        raise ValueError(f"the factors hold {factors.n_queries} queries, not {n_queries}")
     if factors.q_start % spec.query_tile:
         if previous is None or previous.q_start + previous.n_queries != factors.q_start:
             raise ValueError(
                 f"queries start at {factors.q_start}, inside a tile of {spec.query_tile}: the "
                 "unfinished tile of the previous call is needed"
             )
-    if impl not in ("auto", "eager", "reference"):
-        raise ValueError(f"select has implementations auto, eager and reference, not {impl!r}")
     names = check_names(statistics)
     if callable(budget) or names:
         names = check_names((*names, "count"))
-    run = reference.select if impl == "reference" else eager.select
-    return run(factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names)
+    name = choose_impl(impl, factors, spec, max_keys)
+    if name == "reference":
+        return reference.select(
+            factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names
+        )
+    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names))
+    return chunked.run(
+        rows, factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names
+    )
+
+
+def choose_impl(impl: str, factors: BlockScores, spec: SelectionSpec, max_keys: int) -> str:
+    """The implementation that a request gets; ValueError if the one named cannot run."""
+    from . import kernels
+
+    device = factors.k_BSI.device
+    width = spec.max_blocks(max_keys, factors.k_BSI.shape[1])
+    reason = triton_reason(device, interpreted=impl == "triton")
+    available = {
+        "triton": reason or kernels.no_kernel(factors, spec, width),
+        "eager": "",
+        "reference": "",
+    }
+    return resolve("selection", impl, device, available)
+
+
+def _rows(
+    name: str,
+    factors: BlockScores,
+    spec: SelectionSpec,
+    n_queries: int,
+    doc_start_BS: Tensor | None,
+    statistics: bool,
+) -> "chunked.Rows":
+    from . import eager, kernels
+
+    fused = name == "triton" and kernels.scores_in_kernel(factors)
+    layout = None
+    if statistics or not fused:  # many small tensors
+        n_keys, device = factors.k_BSI.shape[1], factors.k_BSI.device
+        layout = tile_layout(spec, n_queries, n_keys, factors.q_start, doc_start_BS, device)
+    if fused:
+        assert isinstance(factors, IndexFactors)
+        return kernels.FactorRows(factors, spec, layout, doc_start_BS)
+    assert layout is not None
+    rows = kernels.KernelRows if name == "triton" else eager.EagerRows
+    return rows(factors, layout, doc_start_BS)

@@ -1,0 +1,189 @@
+"""Mean keys of blocks, and the scores of blocks at the anchors of query tiles.
+
+A row is one anchor, a column one key block. The blocks an anchor may choose are consecutive,
+first .. end - 1 (after the sinks, before the local window), and follow from its position alone,
+so nothing about them is stored. Scores are written for those columns; a program whose anchors have
+no candidate among its columns writes nothing, and readers must keep to the range.
+
+Products are good to float32, far below the 12 bits that selection compares: 16-bit operands go
+through the tensor cores with float32 sums, exactly; a mean of 16-bit keys is the sum of three
+16-bit parts (bfloat16: 24 bits, all of a float32) and takes three products; float32 operands take
+three TF32 products. The sigmoid is exp2 and a division: tanh.approx has an error of 2^-11 of its
+value, more than the comparison resolves, and none of a small sigmoid's digits.
+
+Legend: B batch, T queries, S keys, J index heads, I index width, H selection heads, C keys per
+block, R queries per tile, BM rows and BN columns (or keys) per program.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def candidate_range(
+    b, tile, docs_ptr, S, ok, C: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, HAS_DOCS: tl.constexpr
+):  # fmt: skip
+    """(first, end) block that the anchor of each tile may choose (TileLayout.candidates)."""
+    anchor = tile * R
+    start = anchor * 0
+    if HAS_DOCS:
+        start = tl.load(docs_ptr + b.to(tl.int64) * S + anchor, mask=ok, other=0).to(tl.int32)
+    first = start // C
+    if SINKS > 0:
+        first = (start + (SINKS + C - 1)) // C
+    return first, tl.maximum(anchor - (WINDOW - 1), 0) // C
+
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def pool_kernel(
+    k_ptr,  # [B, S, I]
+    docs_ptr,  # [B, S]: first position of each position's document
+    out_ptr,  # [B, n_blocks, PARTS, I]: the mean is the sum of its parts
+    S,
+    n_blocks,
+    WIDTH: tl.constexpr,
+    BI: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,  # keys of one block per step, a power of two
+    BB: tl.constexpr,  # blocks per program
+    PARTS: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BB * CP)
+    i = tl.arange(0, BI)
+    row = tl.program_id(0) * BB + n // CP  # block of each key that is loaded
+    row_ok = row < n_blocks
+    low = row * C
+    if HAS_DOCS:
+        # Queries that can choose a block belong to its last key's document or a later one.
+        last = tl.load(docs_ptr + b * S + row * C + (C - 1), mask=row_ok, other=0).to(tl.int32)
+        low = tl.maximum(low, last)
+    total = tl.zeros([BB, BI], tl.float32)
+    count = tl.zeros([BB], tl.float32)
+    for step in range(0, C, CP):
+        inside = step + n % CP
+        key = row * C + inside
+        ok = row_ok & (inside < C) & (key >= low)
+        offset = (b * S + key)[:, None] * WIDTH + i[None, :]
+        k = tl.load(k_ptr + offset, mask=ok[:, None] & (i < WIDTH)[None, :], other=0.0)
+        total += tl.sum(tl.reshape(k.to(tl.float32), [BB, CP, BI]), 1)
+        count += tl.sum(tl.reshape(ok.to(tl.float32), [BB, CP]), 1)
+    block = tl.program_id(0) * BB + tl.arange(0, BB)
+    rest = total / tl.maximum(count, 1.0)[:, None]
+    line = (b * n_blocks + block)[:, None] * (PARTS * WIDTH) + i[None, :]
+    out_ok = (block < n_blocks)[:, None] & (i < WIDTH)[None, :]
+    for part in tl.static_range(PARTS):
+        held = rest.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + line + part * WIDTH, held, mask=out_ok)
+        rest -= held.to(tl.float32)
+
+
+@triton.jit
+def product(q, k, acc, WIDE: tl.constexpr):
+    """acc + q [BM, I] . k [BN, I] in float32."""
+    if WIDE:
+        q, k = q.to(tl.float32), k.to(tl.float32)
+    return tl.dot(q, tl.trans(k), acc, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
+def score_kernel(
+    q_ptr,  # [B, T, J, I]
+    k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE
+    weight_ptr,  # [B, T, J]
+    bias_ptr,  # [J]
+    docs_ptr,  # [B, S]
+    out_ptr,  # [B, H, rows, stride] float32
+    T,
+    S,
+    q_start,
+    first_tile,
+    rows,
+    key_rows,
+    stride,
+    scale,
+    J: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BI: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SINGLE: tl.constexpr,  # a block's score is the largest of its keys'
+    CP: tl.constexpr,  # C as a power of two where SINGLE, else 1
+    SIGMOID: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    CB: tl.constexpr = BN // CP  # columns
+    JH: tl.constexpr = J // H
+    b, h = tl.program_id(2) // H, tl.program_id(2) % H
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    row_ok = row < rows
+    tile = first_tile + row
+    first, end = candidate_range(b, tile, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS)
+    end = tl.where(row_ok, end, 0)
+    first = tl.where(row_ok, first, 1 << 30)
+    column_0 = tl.program_id(0) * CB
+    if (column_0 < tl.max(end, 0)) & (column_0 + CB > tl.min(first, 0)):
+        n = tl.arange(0, BN)
+        i = tl.arange(0, BI)
+        block = column_0 + n // CP
+        if SINGLE:
+            key = block * C + n % CP
+            key_ok = (n % CP < C) & (block < tl.max(end, 0))
+            if HAS_DOCS:
+                last = tl.load(
+                    docs_ptr + b.to(tl.int64) * S + block * C + (C - 1), mask=key_ok, other=0
+                )
+                key_ok &= key >= last.to(tl.int32)
+        else:
+            key = block
+            key_ok = key < key_rows
+        k_line = (b.to(tl.int64) * key_rows + key)[:, None] * (PARTS * WIDTH) + i[None, :]
+        k_mask = key_ok[:, None] & (i < WIDTH)[None, :]
+        k_0 = tl.load(k_ptr + k_line, mask=k_mask, other=0.0)
+        if PARTS == 3:
+            k_1 = tl.load(k_ptr + k_line + WIDTH, mask=k_mask, other=0.0)
+            k_2 = tl.load(k_ptr + k_line + 2 * WIDTH, mask=k_mask, other=0.0)
+        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
+        score = tl.zeros([BM, BN], tl.float32)
+        unit = -1.4426950408889634 if SIGMOID else 1.0  # the exponential's, in powers of 2
+        slope = scale * unit
+        for j in range(JH):
+            q_offset = (q_line + j)[:, None] * WIDTH + i[None, :]
+            q = tl.load(q_ptr + q_offset, mask=row_ok[:, None] & (i < WIDTH)[None, :], other=0.0)
+            x = tl.zeros([BM, BN], tl.float32)
+            if PARTS == 3:
+                x = product(q, k_2, x, WIDE)
+                x = product(q, k_1, x, WIDE)
+            x = product(q, k_0, x, WIDE) * slope
+            if HAS_BIAS:
+                x += tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
+            if SIGMOID:
+                x = 1.0 / (1.0 + tl.exp2(x))
+            else:
+                x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
+            weight = tl.load(weight_ptr + q_line + j, mask=row_ok, other=0.0)
+            score += weight.to(tl.float32)[:, None] * x
+        if SINGLE:
+            # A maximum drops NaN.
+            bad = tl.reshape(((score != score) & key_ok[None, :]).to(tl.int32), [BM, CB, CP])
+            score = tl.where(key_ok[None, :] & (score == score), score, float("-inf"))
+            score = tl.max(tl.reshape(score, [BM, CB, CP]), 2)
+            score = tl.where(tl.max(bad, 2) > 0, float("nan"), score)
+        column = column_0 + tl.arange(0, CB)
+        chosen = (column[None, :] >= first[:, None]) & (column[None, :] < end[:, None])
+        out = (tl.program_id(2).to(tl.int64) * rows + row) * stride
+        tl.store(
+            out_ptr + out[:, None] + column[None, :],
+            tl.where(chosen, score, float("-inf")),
+            mask=row_ok[:, None] & (column < stride)[None, :],
+        )

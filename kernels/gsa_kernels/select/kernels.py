@@ -1,0 +1,147 @@
+"""Selection by the Triton kernels: pooled keys, scores of some tiles, their best blocks."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gsa_kernels.index_score import ops as score_ops
+from gsa_kernels.index_score.api import BlockScores, IndexFactors, Scored
+from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
+
+from . import ops
+from .chunked import Rows
+from .eager import EagerRows, named
+
+SCORES_HELD = 1 << 25  # float32 numbers: 128 MiB
+LONGEST = 4096  # columns of a row that a program holds in registers
+LONG_ROWS = 1024  # longer rows at a time: each has a list of 4096 candidates or more
+MOST_BLOCKS = 16384  # choices per row that the kernels take
+WIDEST = 128  # index channels
+
+
+def no_kernel(factors: BlockScores, spec: SelectionSpec, width: int) -> str:
+    """Why the kernels cannot select for these factors; empty when they can. width: slots."""
+    if width > MOST_BLOCKS:
+        return f"the kernels choose at most {MOST_BLOCKS} blocks per row, not {width}"
+    if not scores_in_kernel(factors):
+        return ""
+    assert isinstance(factors, IndexFactors)
+    if torch.float64 in (factors.q_BTJI.dtype, factors.k_BSI.dtype):
+        return "the kernels compute in float32 at most: float64 needs eager"
+    if factors.q_BTJI.shape[3] > WIDEST:
+        return f"the kernels take up to {WIDEST} index channels, not {factors.q_BTJI.shape[3]}"
+    if factors.block_score == "max" and spec.key_block > 128:
+        return f"the kernels take the maximum of up to 128 keys, not {spec.key_block}"
+    return ""
+
+
+def scores_in_kernel(factors: BlockScores) -> bool:
+    """Whether the kernels know this score; other classes compute their own."""
+    return type(factors) is IndexFactors
+
+
+@dataclass(frozen=True)
+class _Held(Scored):
+    """buffer: the kernel's rows, padded, of which `scores` is a view."""
+
+    buffer: Tensor | None = None
+
+
+class KernelRows(EagerRows):
+    """Scores of another class come from the class, as eagerly; the choice is the kernel's."""
+
+    def choose(
+        self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
+    ) -> Tensor:
+        scores = scored.scores.float().masked_fill(~scored.allowed, -torch.inf).contiguous()
+        width = min(most, scores.shape[-1])
+        return named(_top(scores, scores.shape[-1], wanted, width, None, [], 0), scored)
+
+
+class FactorRows(Rows):
+    """IndexFactors, whose scores have a kernel. The layout is only for statistics."""
+
+    def __init__(
+        self,
+        factors: IndexFactors,
+        spec: SelectionSpec,
+        layout: TileLayout | None,
+        doc_start_BS: Tensor | None,
+    ) -> None:
+        self.factors = factors
+        self.spec, self.tile_layout = spec, layout
+        self.tiles = n_tiles(spec, factors.n_queries, factors.q_start)
+        self.first_tile = factors.q_start // spec.query_tile
+        self.sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks]
+        batch, n_keys = factors.k_BSI.shape[:2]
+        self.docs = doc_start_BS
+        if doc_start_BS is not None:
+            self.docs = doc_start_BS[:, :n_keys].expand(batch, -1).contiguous()
+        self.q, self.weight = factors.q_BTJI.contiguous(), factors.weight_BTJ.contiguous()
+        self.bias = None if factors.bias_J is None else factors.bias_J.contiguous()
+        self.keys: Tensor | None = None
+
+    def stop(self, tile: int) -> int:
+        c, r = self.spec.key_block, self.spec.query_tile
+        # Most tiles n whose n rows of blocks up to the last one's reach, n (reach + n R) / C, fit.
+        reach = (self.first_tile + tile) * r + 1
+        lists = self.q.shape[0] * self.factors.heads
+        room = SCORES_HELD * c // lists
+        rows = (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r)
+        rows = min(rows, self.tiles - tile)
+        if reach + rows * r > LONGEST * c:
+            rows = min(rows, max(LONG_ROWS // lists, (LONGEST * c - reach) // r))
+        return tile + max(1, rows)
+
+    def score(self, tiles: slice, n_blocks: int) -> Scored:
+        factors, spec = self.factors, self.spec
+        single = factors.block_score == "max" and spec.key_block > 1
+        if self.keys is None:
+            self.keys = self._scored_keys(single)
+        scores = score_ops.block_scores(
+            self.q,
+            self.keys,
+            self.weight,
+            self.bias,
+            self.docs,
+            [*self.sizes, factors.q_start],
+            [self.first_tile + tiles.start, self.first_tile + tiles.stop, n_blocks],
+            float(factors.scale),
+            factors.activation == "sigmoid",
+            factors.heads,
+            single,
+        )
+        # Without statistics nobody asks who is allowed.
+        layout, view = self.tile_layout, scores[..., :n_blocks]
+        allowed = view if layout is None else layout.candidates(tiles, n_blocks)[:, None]
+        return _Held(view, allowed, buffer=scores)
+
+    def _scored_keys(self, single: bool) -> Tensor:
+        k, block = self.factors.k_BSI.contiguous(), self.spec.key_block
+        if single or block == 1:
+            return k[:, :, None]
+        parts = 1 if k.dtype == torch.float32 or k.dtype != self.q.dtype else 3
+        return score_ops.pool_keys(k, self.docs, block, parts)
+
+    def choose(
+        self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
+    ) -> Tensor:
+        assert isinstance(scored, _Held) and scored.buffer is not None
+        first = self.first_tile + tiles.start
+        return _top(scored.buffer, n_blocks, wanted, most, self.docs, self.sizes, first)
+
+
+def _top(
+    scores: Tensor,
+    columns: int,
+    wanted: int | Tensor,
+    width: int,
+    docs: Tensor | None,
+    sizes: list[int],
+    first_tile: int,
+) -> Tensor:
+    most, each = (wanted, None) if isinstance(wanted, int) else (width, wanted)
+    each = None if each is None else each.to(torch.int32).contiguous()
+    return ops.top_blocks(scores, columns, each, most, width, docs, sizes, first_tile)

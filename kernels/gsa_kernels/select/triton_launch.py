@@ -1,0 +1,59 @@
+"""Launches of the selection kernels. Called by ops.py only."""
+
+import torch
+from torch import Tensor
+
+from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
+
+from .kernels import LONGEST
+from .triton_select import select_kernel, shrink_kernel
+
+WARP = 1024  # columns of a row per warp: 32 registers of keys
+
+
+def top_blocks(
+    scores: Tensor,
+    columns: int,
+    wanted: Tensor | None,
+    most: int,
+    width: int,
+    docs: Tensor | None,
+    sizes: list[int],
+    first_tile: int,
+    fine: Tensor,
+) -> Tensor:
+    """[B, H, rows, width] int32; see ops.top_blocks. fine [1] int32 is set to 0 by NaN."""
+    batch, heads, rows, stride = scores.shape
+    c, r, window, sinks = sizes or [1, 1, 1, 0]
+    device = scores.device
+    out = torch.empty(batch, heads, rows, width, device=device, dtype=torch.int32)
+    known, held = scores if wanted is None else wanted, scores if docs is None else docs
+    s = 0 if docs is None else docs.shape[1]
+    common = dict(
+        H=heads, C=c, R=r, WINDOW=window, SINKS=sinks,
+        HAS_DOCS=docs is not None, HAS_WANTED=wanted is not None,
+    )  # fmt: skip
+    ranged, listed = bool(sizes), columns > LONGEST
+    short, found, count, length = scores, scores, scores, columns
+    if listed:
+        bn = max(2048, power_of_2(2 * width))
+        short = torch.empty(batch, heads, rows, bn, device=device)
+        found = torch.empty(batch, heads, rows, bn, device=device, dtype=torch.int32)
+        count = torch.empty(batch, heads, rows, device=device, dtype=torch.int32)
+        shrink_kernel[(rows, batch * heads)](
+            scores, known, held, short, found, count, fine,
+            s, first_tile, rows, columns, stride, most,
+            **common, RANGE=ranged, BN=bn,
+            num_warps=min(32, bn // 256),
+        )  # fmt: skip
+        length = stride = bn
+    bn = max(32, power_of_2(length))
+    bm = min(8, max(1, 512 // bn))
+    select_kernel[(ceil_div(rows, bm), batch * heads)](
+        short, found, count, known, held, out, fine,
+        s, first_tile, rows, length, stride, most, width,
+        **common, RANGE=ranged and not listed, LISTED=listed,
+        BM=bm, BN=bn, BW=min(256, power_of_2(width)),
+        num_warps=min(32, max(1, bn // (WARP // 2 if listed else WARP))),
+    )  # fmt: skip
+    return out

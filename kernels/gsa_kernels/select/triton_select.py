@@ -1,0 +1,236 @@
+"""Exact top-k of rows of scores without sorting: count, bisect, compact.
+
+Scores are compared as topk.comparable does. Rounded to 12 bits a float32 is an ordered integer of
+20, so the threshold is found by bisection, with one count of the row per step.
+
+`select_kernel` holds whole rows in registers. A longer row is shortened first: `shrink_kernel`,
+one program a row, walks it in steps of BN columns and keeps the largest key of each of the BN
+residue classes. At least w keys are no smaller than the w-th largest of those, so the w best of
+the row are among them: a few more than w unless many are equal. They go, in order, to a list of BN
+places. Where they do not fit the threshold is bisected over the whole row and the list is the
+exact choice.
+
+Legend: B batch, H selection heads, C keys per block, R queries per tile, BN columns per step.
+"""
+
+import triton
+import triton.language as tl
+
+from gsa_kernels.index_score.triton_scores import candidate_range
+
+EMPTY = tl.constexpr(-(1 << 20))  # below the key of every score
+
+
+@triton.jit
+def ordered(score, ok):
+    """int32 keys that compare as `comparable` scores do; EMPTY for -inf and where not ok."""
+    bits = score.to(tl.int32, bitcast=True)
+    bits = (bits + 2048) & -4096
+    bits = tl.where(bits == -2147483648, 0, bits)  # -0 equals 0
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> 12
+    return tl.where(ok & (bits != -8388608), key, EMPTY)  # the bits of -inf
+
+
+@triton.jit
+def wanted_of(wanted_ptr, entry, ok, most, HAS_WANTED: tl.constexpr):
+    if HAS_WANTED:
+        return tl.minimum(tl.load(wanted_ptr + entry, mask=ok, other=0), most)
+    return (entry * 0).to(tl.int32) + most
+
+
+@triton.jit
+def next_top(n, want, middle, top):
+    """The end of the bisection's interval once n keys are no smaller than its middle."""
+    return tl.where(n > want, top, tl.where(n == want, middle, middle - 1))
+
+
+@triton.jit
+def chunk(row_ptr, low, first, end, BN: tl.constexpr, PADDED: tl.constexpr):
+    """Scores of columns low .. low + BN - 1 of one row, and which of them lie in first .. end."""
+    column = low + tl.arange(0, BN)
+    ok = (column >= first) & (column < end)
+    if PADDED:  # whole vectors: what lies between the ends and multiples of 16 is not used
+        score = tl.load(row_ptr + column, mask=column < (end + 15) // 16 * 16, other=0.0)
+    else:
+        score = tl.load(row_ptr + column, mask=ok, other=0.0)
+    return column, score, ok
+
+
+@triton.jit(do_not_specialize=["first_tile", "rows", "n_columns", "most"])
+def shrink_kernel(
+    score_ptr,  # [B, H, rows, stride] float32
+    wanted_ptr,  # [B, H, rows] int32
+    docs_ptr,  # [B, S]
+    short_ptr,  # [B, H, rows, BN] float32: scores that may be among the best
+    column_ptr,  # [B, H, rows, BN] int32: their columns, ascending
+    count_ptr,  # [B, H, rows] int32: how many
+    fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
+    S,
+    first_tile,
+    rows,
+    n_columns,
+    stride,
+    most,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    RANGE: tl.constexpr,  # candidates follow from the position, in rows padded to 16
+    HAS_DOCS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
+    BN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    entry = tl.program_id(1).to(tl.int64) * rows + row
+    first, end = 0 * row, 0 * row + n_columns
+    if RANGE:
+        b = tl.program_id(1) // H
+        first, end = candidate_range(
+            b, first_tile + row, docs_ptr, S, row >= 0, C, R, WINDOW, SINKS, HAS_DOCS
+        )
+    begin = first // 16 * 16
+    row_ptr = score_ptr + entry * stride
+    best = tl.full([BN], EMPTY, tl.int32)
+    tally = tl.zeros([BN], tl.int32)  # candidates, and in the upper 16 bits NaN
+    for low in range(begin, end, BN):
+        column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
+        key = ordered(score, ok)
+        best = tl.maximum(best, key)
+        tally += (key > EMPTY).to(tl.int32) + ((score != score) & ok).to(tl.int32) * 65536
+    tl.store(fine_ptr, 0, mask=tl.max(tally, 0) > 65535)
+    want = wanted_of(wanted_ptr, entry, row >= 0, most, HAS_WANTED)
+    want = tl.minimum(want, tl.sum(tally & 65535, 0))
+    end = tl.where(want > 0, end, begin)
+    high = tl.max(best, 0)
+    threshold = 0 * row + (EMPTY + 1)
+    top = high
+    while threshold < top:
+        middle = (threshold + top + 1) >> 1
+        enough = tl.sum((best >= middle).to(tl.int32), 0) >= want
+        threshold = tl.where(enough, middle, threshold)
+        top = tl.where(enough, top, middle - 1)
+    out = entry * BN
+    total = 0 * row
+    for low in range(begin, end, BN):
+        column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
+        keep = ordered(score, ok) >= threshold
+        place = total + tl.cumsum(keep.to(tl.int32), 0) - 1
+        keep_here = keep & (place < BN)
+        tl.store(short_ptr + out + place, score, mask=keep_here)
+        tl.store(column_ptr + out + place, column, mask=keep_here)
+        total += tl.sum(keep.to(tl.int32), 0)
+    if total > BN:
+        top = high
+        while threshold < top:
+            middle = (threshold + top + 1) >> 1
+            counts = tl.zeros([BN], tl.int32)
+            for low in range(begin, end, BN):
+                column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
+                counts += (ordered(score, ok) >= middle).to(tl.int32)
+            n = tl.sum(counts, 0)
+            threshold = tl.where(n >= want, middle, threshold)
+            top = next_top(n, want, middle, top)
+        counts = tl.zeros([BN], tl.int32)
+        for low in range(begin, end, BN):
+            column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
+            counts += (ordered(score, ok) > threshold).to(tl.int32)
+        room = want - tl.sum(counts, 0)
+        tl.debug_barrier()  # the list is written again
+        n_above, n_ties = 0 * row, 0 * row
+        for low in range(begin, end, BN):
+            column, score, ok = chunk(row_ptr, low, first, end, BN, RANGE)
+            key = ordered(score, ok)
+            above, tie = (key > threshold).to(tl.int32), (key == threshold).to(tl.int32)
+            a = n_above + tl.cumsum(above, 0)
+            t = n_ties + tl.cumsum(tie, 0)
+            keep = (above > 0) | ((tie > 0) & (t <= room))
+            place = a + tl.minimum(t, room) - 1
+            tl.store(short_ptr + out + place, score, mask=keep)
+            tl.store(column_ptr + out + place, column, mask=keep)
+            n_above += tl.sum(above, 0)
+            n_ties += tl.sum(tie, 0)
+        total = want
+    tl.store(count_ptr + entry, total)
+
+
+@triton.jit(do_not_specialize=["first_tile", "rows", "n_columns", "most", "width"])
+def select_kernel(
+    score_ptr,  # [B, H, rows, stride] float32
+    column_ptr,  # [B, H, rows, stride] int32, where LISTED: ascending
+    count_ptr,  # [B, H, rows] int32, where LISTED
+    wanted_ptr,  # [B, H, rows] int32
+    docs_ptr,  # [B, S]
+    out_ptr,  # [B, H, rows, width] int32
+    fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
+    S,
+    first_tile,
+    rows,
+    n_columns,
+    stride,
+    most,
+    width,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    RANGE: tl.constexpr,
+    LISTED: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    row_ok = row < rows
+    entry = tl.program_id(1).to(tl.int64) * rows + row
+    first, end = 0 * row, 0 * row + n_columns
+    if RANGE:
+        b = tl.program_id(1) // H
+        first, end = candidate_range(
+            b, first_tile + row, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS
+        )
+    if LISTED:
+        end = tl.load(count_ptr + entry, mask=row_ok, other=0)
+    end = tl.where(row_ok, end, 0)
+    begin = first // 16 * 16
+    column = begin[:, None] + tl.arange(0, BN)[None, :]
+    ok = (column >= first[:, None]) & (column < end[:, None])
+    place = entry[:, None] * stride + column
+    if RANGE or LISTED:  # whole vectors, see chunk
+        padded = column < ((end + 15) // 16 * 16)[:, None]
+        score = tl.load(score_ptr + place, mask=padded, other=0.0)
+    else:
+        score = tl.load(score_ptr + place, mask=ok, other=0.0)
+    bad = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
+    tl.store(fine_ptr, 0, mask=bad > 0)
+    key = ordered(score, ok)
+    want = wanted_of(wanted_ptr, entry, row_ok, most, HAS_WANTED)
+    want = tl.minimum(want, tl.sum((key > EMPTY).to(tl.int32), 1))
+    some = want > 0
+    top = tl.where(some, tl.max(key, 1), 0)
+    least = tl.min(tl.where(key > EMPTY, key, top[:, None]), 1)
+    threshold = tl.where(some, least, 0)
+    while tl.max(top - threshold, 0) > 0:
+        middle = (threshold + top + 1) >> 1
+        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        threshold = tl.where(n >= want, middle, threshold)
+        top = next_top(n, want, middle, top)
+    above = key > threshold[:, None]
+    tie = key == threshold[:, None]
+    room = want - tl.sum(above.to(tl.int32), 1)
+    # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
+    rank = tl.cumsum(above.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
+    ties = tl.minimum(rank & 65535, room[:, None])
+    keep = (above | (tie & ((rank & 65535) <= room[:, None]))) & some[:, None]
+    found = column
+    if LISTED:
+        found = tl.load(column_ptr + place, mask=keep, other=0)
+    out = out_ptr + entry[:, None] * width
+    tl.store(out + ((rank >> 16) + ties - 1), found, mask=keep)
+    for low in range(0, width, BW):
+        slot = low + tl.arange(0, BW)[None, :]
+        empty = row_ok[:, None] & (slot >= tl.maximum(want, 0)[:, None]) & (slot < width)
+        tl.store(out + slot, tl.full([BM, BW], -1, tl.int32), mask=empty)
