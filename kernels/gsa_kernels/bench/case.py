@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gsa_kernels.index_score import IndexFactors
 from gsa_kernels.indexer_loss.api import selected_kl
-from gsa_kernels.select import select
-from gsa_kernels.selection import Selection, SelectionSpec
+from gsa_kernels.select.api import _rows, choose_impl, select
+from gsa_kernels.selection import Selection, SelectionSpec, n_tiles
 from gsa_kernels.sparse_attention import sparse_attention
 
 COLD, MOST_COPIES = 1 << 27, 8  # bytes: more than an L2 cache holds
@@ -116,9 +116,17 @@ class Case:
         return select(*args, previous=previous).selection
 
     def score(self) -> None:
-        """Scoring alone: a budget that the forced keys use up leaves lists of width 0."""
-        forced = self.spec.window + self.spec.sink_keys
-        select(self.factors, self.spec, forced, forced, self.q.shape[1])
+        """Scoring alone, by the implementation that `select` takes."""
+        spec, f, n = self.spec, self.factors, self.q.shape[1]
+        rows = _rows(choose_impl("auto", f, spec, self.budget), f, spec, n, None, False)
+        tile, tiles, first = 0, n_tiles(spec, n, f.q_start), f.q_start // spec.query_tile
+        while tile < tiles:
+            stop = min(tiles, rows.stop(tile))
+            anchor = (first + stop - 1) * spec.query_tile
+            n_blocks = max(0, anchor - spec.window + 1) // spec.key_block
+            if n_blocks:
+                rows.score(slice(tile, stop), n_blocks)
+            tile = stop
 
     @property
     def gated_values(self) -> Tensor:
