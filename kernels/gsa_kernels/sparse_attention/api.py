@@ -48,9 +48,9 @@ def _no_kernel(spec: SelectionSpec | None, width: int) -> str:
         return ""
     if spec.key_block & (spec.key_block - 1) or spec.key_block > 128:
         return f"the kernels take key blocks of 1, 2, 4 .. 128 keys, not {spec.key_block}"
-    if spec.query_tile == 1 and spec.key_block < 16:
-        return f"there is no kernel for lists of {spec.key_block} keys per query yet (16 and more)"
-    if spec.query_tile == 1 and spec.window < 16:
+    if spec.query_tile == 1 and 1 < spec.key_block < 16:
+        return f"the kernels take 1, 16, 32 .. 128 keys per block and query, not {spec.key_block}"
+    if spec.query_tile == 1 and spec.key_block > 1 and spec.window < 16:
         # United queries share the sinks of the first: a document that starts among them must
         # have its own sinks inside the window.
         return f"the kernels need a window of 16 keys or more, not {spec.window}"

@@ -3,7 +3,8 @@
 The first walks the keys of a query tile as the forward does. The second is owned by a key block:
 it walks the queries that attend it, those of nearby tiles through their window and the others
 through an inverted list, so that nothing is atomic unless a long list is split over programs. Key
-blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel.
+blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel;
+single keys per query may have them from triton_token.py instead.
 
 Legend: see triton_forward.py.
 """
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_forward import first_local, load_range, logits_of, tile_rows
+from .triton_union import pair_numbers
 
 
 @triton.jit
@@ -126,6 +128,7 @@ def dq_kernel(
     n_keys = tl.load(count_ptr + entry) * C
     own = tl.zeros([BM], tl.int32)
     own_line = (b.to(tl.int64) * HS + hs) * T + t
+    pairs = 0
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
         n_ok = n < n_keys
@@ -149,12 +152,20 @@ def dq_kernel(
         keep = n_ok[None, :]
         if HAS_DOCS:
             keep = keep & (key[None, :] >= start[:, None])
-        if UNION:
+        if UNION and C == 1:
+            bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
+            query = position - tile * R
+            keep = keep & (((bits[None, :] >> query[:, None]) & 1) == 1)
+        elif UNION:
             bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
             keep = keep & (bit == 1)[:, None]
         extra = 0.0
         if HAS_BIAS:
-            if UNION:
+            if UNION and C == 1:
+                number, pairs = pair_numbers(pairs, bits, query)
+                extra = tl.load(bias_ptr + entry * OWN + number, mask=keep, other=0.0)
+                extra = extra * 1.4426950408889634
+            elif UNION:
                 chose = row_ok & (bit == 1)
                 extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 extra = extra[:, None] * 1.4426950408889634
@@ -167,10 +178,11 @@ def dq_kernel(
             q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
         )
         if UNION:
-            if HAS_BIAS:
+            if HAS_BIAS and C > 1:
                 at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
                 tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bit == 1))
-            own += bit
+            if C > 1:
+                own += bit
         elif HAS_BIAS:
             into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
             if C >= BN:

@@ -42,6 +42,8 @@ def forward(
     if united:
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
+        if block == 1:  # gathered key by key
+            return Launch(bm, 32 if big else 64, 8 if big else 4, 2 if big else 3)
         return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
@@ -58,6 +60,8 @@ def query_gradient(
     if united:
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
+        if block == 1:
+            return Launch(bm, 32 if big else 64, 8 if big else 4, 1 if big else 2)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
@@ -87,3 +91,22 @@ def key_gradient(
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk
+
+# Whether dk, dv of single keys per query (C = R = 1) come from programs that own key blocks even
+# where the backward need not be deterministic; else dq's kernel adds them atomically.
+OWNED_TOKENS = False
+
+
+def owned_keys(group: int, block: int, width: int, itemsize: int) -> Launch:
+    """rows: queries of a step times the G heads of their group."""
+    wanted = 16 if itemsize > 2 else 32 if width > 128 else 64
+    rows = _rows(wanted, 16 * group)
+    while rows < group:
+        rows *= 2
+    big = itemsize > 2 or width > 128
+    return Launch(rows, block, 8 if big else 4, 1 if big else 2)
+
+
+def pair_sums(width: int, itemsize: int) -> Launch:
+    big = itemsize > 2 or width > 128
+    return Launch(16, 32 if big else 64, 4, 1)
