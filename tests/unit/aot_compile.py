@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -115,6 +116,9 @@ def launches_of(
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True)
         triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False)
+        if c == r == 1:
+            bias = torch.zeros(blocks.shape, device="meta")
+            triton_launch.backward(q, kv, kv, q, lse, q, None, selection, bias, None, 0.1, True)
 
     return record(both)
 
@@ -122,8 +126,12 @@ def launches_of(
 def main() -> None:
     capability = int(sys.argv[1].removeprefix("sm_"))
     sizes = [int(x) for x in sys.argv[2:8]]
+    seen = set()
     for kernel, arguments, options in launches_of(capability, *sizes, getattr(torch, sys.argv[8])):
         built = compiled(kernel, arguments, options, capability)
+        if built.hash in seen:
+            continue
+        seen.add(built.hash)
         row = {"kernel": kernel.__name__, "shared": built.metadata.shared, **options}
         print(json.dumps(row | resources(built.asm["cubin"])), flush=True)
 

@@ -345,7 +345,7 @@ def _owned_keys(
         OWNED=OWNED, BS=min(1024, max(16, triton.next_power_of_2(tiles))),
     )  # fmt: skip
     c = plan.constants
-    launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size())
+    launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size(), packed is not None)
     owned_kernel[(owned, batch * c["K"])](
         q, k, v, dout, lse, delta, dk, dv, plan.lists, _or(plan.bits, plan.lists), counts,
         starts, entries, used, _or(packed, lse), _or(plan.docs, plan.lists),

@@ -245,6 +245,16 @@ def owned_kernel(
         group = tl.load(entry_base + step // STEPS)
         query = step % STEPS * EACH + m // G
         used = (m < EACH * G) & (query < 16)
+        t = tl.where(used, q_start // 16 * 16 + group * 16 + query - q_start, -1)
+        row_ok = (t >= 0) & (t < T)
+        head = kv_head * G + m % G
+        row_at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+        row_mask = row_ok[:, None] & (e < E)
+        q = tl.load(q_ptr + row_at, mask=row_mask, other=0.0)
+        do = tl.load(do_ptr + row_at, mask=row_mask, other=0.0)
+        row_line = (b.to(tl.int64) * H + head) * T + t
+        lse = tl.load(lse_ptr + row_line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_ptr + row_line, mask=row_ok, other=0.0)
         flat = line.to(tl.int64) * n_groups + group
         start = start_ptr + (flat * n_owned + block) * 2
         n = tl.load(start) + c
@@ -253,23 +263,24 @@ def owned_kernel(
         bits = tl.load(bits_ptr + flat * U + n, mask=there, other=0)
         # From the union's order to one word per key of the block.
         word = tl.sum(tl.where(listed[None, :] == key[:, None], bits[None, :], 0), 1)
-        chosen = ((word[:, None] >> query[None, :]) & 1) == 1
-        extra = tl.zeros([OWNED, BM], tl.float32)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
         if HAS_BIAS:
             each = ones(word)
             before = tl.load(start + 1) + tl.cumsum(each, 0) - each
             number = pair_number(before[:, None], word[:, None], query[None, :])
-            extra = tl.load(
-                packed_ptr + flat * PAIRS + number, mask=chosen & used[None, :], other=0.0
-            )
-            extra *= 1.4426950408889634
-        extra = tl.where(chosen, extra, float("-inf"))
-        at_row = tl.where(used, q_start // 16 * 16 + group * 16 + query, -1)
-        dk, dv = dkv_rows(
-            dk, dv, k, v, key, q_ptr, do_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, extra,
-            b, kv_head, at_row, 0, q_start, T, S, scale_log2,
-            H, G, E, BE, BM, WINDOW, 1, 1, False, HAS_DOCS, False
-        )  # fmt: skip
+            chose = (((word[:, None] >> query[None, :]) & 1) == 1) & row_ok[None, :]
+            bias = tl.load(packed_ptr + flat * PAIRS + number, mask=chose, other=0.0)
+            s += bias * 1.4426950408889634
+        p = tl.exp2(s - lse[None, :])
+        chosen = ((word[:, None] >> query[None, :]) & 1) == 1
+        if HAS_DOCS:
+            begin = tl.load(docs_ptr + b.to(tl.int64) * S + q_start + t, mask=row_ok, other=0)
+            chosen = chosen & (key[:, None] >= begin[None, :])
+        p = tl.where(chosen, p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     low = tl.maximum(block * OWNED, q_start)
     high = tl.minimum((block + 1) * OWNED + WINDOW - 1, q_start + T)
     for first in tl.range(low, high, EACH, num_stages=1):

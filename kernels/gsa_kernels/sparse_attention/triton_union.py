@@ -22,7 +22,7 @@ from gsa_kernels.selection import Selection
 
 UNITED = 16  # queries of a group: their bits are half a word of the map
 OWNED = 64  # keys of the blocks that `blocks_BHUJ2` counts in, see triton_token.py
-_SCRATCH = 1 << 28  # bytes of map at least; more only beside a selection four times as large
+_SCRATCH = 1 << 29  # bytes of map
 _SWEPT = 1024  # blocks swept at a time, a multiple of OWNED
 
 
@@ -111,10 +111,10 @@ def mark_kernel(
     if SINKS > 0:
         if tl.program_id(1) == 0:
             low, end = sink_range(docs_ptr, line // HS, position, ok, S, WINDOW, SINKS, HAS_DOCS)
-            key = low[:, None] + tl.arange(0, MOST)[None, :]
-            bit = tl.full([16, MOST], 1, tl.int32) << (key % 2 * 16 + row[:, None])
-            there = ok[:, None] & (key < end[:, None])
-            tl.atomic_or(into + key // 2, bit, mask=there, sem="relaxed")
+            sink = low[:, None] + tl.arange(0, MOST)[None, :]
+            mark = tl.full([16, MOST], 1, tl.int32) << (sink % 2 * 16 + row[:, None])
+            is_sink = ok[:, None] & (sink < end[:, None])
+            tl.atomic_or(into + sink // 2, mark, mask=is_sink, sem="relaxed")
 
 
 @triton.jit
@@ -181,8 +181,7 @@ def unite(selection: Selection, docs: Tensor | None) -> Unions:
     starts = table(owned, 2) if single else None
     words = triton.cdiv(n_blocks, 2)
     groups = batch * heads * n_groups
-    scratch = max(_SCRATCH, blocks.numel())
-    at_once = min(groups, max(1, scratch // (words * 4)))
+    at_once = min(groups, max(1, _SCRATCH // (words * 4)))
     marks = torch.empty(at_once, words, dtype=torch.int32, device=blocks.device)
     bn = max(16, min(128, triton.next_power_of_2(slots)))
     for first in range(0, groups, at_once):
