@@ -397,7 +397,8 @@ def dkv_kernel(
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
                 H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
             )  # fmt: skip
-        if tl.load(segment + 3) == 0:
+        number = tl.load(segment + 3)
+        if number == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
@@ -413,6 +414,11 @@ def dkv_kernel(
                     scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
                 )  # fmt: skip
         dk *= scale
+        # The addresses anew, from a zero that the compiler cannot know: they need not be kept
+        # over the loops, where registers are few.
+        key = block * C + tl.arange(0, C) + (number >> 31)
+        ok = (key < S)[:, None] & (e < E)
+        at = base + key.to(tl.int64)[:, None] * (K * E) + e
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")

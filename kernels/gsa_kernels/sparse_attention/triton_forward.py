@@ -254,6 +254,11 @@ def forward_kernel(
         s = tl.where(keep, s, float("-inf"))
         acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
+    # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
+    # would push the accumulator out of the registers.
+    zero = tl.load(count_ptr + entry) >> 31
+    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    row_offset = (b.to(tl.int64) * T + t) * H + head
     safe = tl.where(norm > 0, norm, 1.0)
     out = acc / safe[:, None]
     tl.store(
