@@ -252,6 +252,10 @@ def dq_kernel(
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
 
+    zero = tl.load(count_ptr + entry) >> 31  # see forward_kernel
+    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    row_offset = (b.to(tl.int64) * T + t) * H + head
+    q_ok = row_ok[:, None] & e_ok
     tl.store(
         dq_ptr + row_offset[:, None] * E + e, (dq * scale).to(dq_ptr.dtype.element_ty), mask=q_ok
     )

@@ -66,7 +66,7 @@ def query_gradient(
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
         if block == 1:
-            return Launch(bm, 32 if big else 64, 8, 1 if big else 2)
+            return Launch(bm, 32, 8 if big else 4, 1 if big else 3)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)

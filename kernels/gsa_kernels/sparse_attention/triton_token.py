@@ -291,5 +291,9 @@ def owned_kernel(
             b, kv_head, at_row, 0, q_start, T, S, scale_log2,
             H, G, E, BE, BM, WINDOW, 1, 1, True, HAS_DOCS, False
         )  # fmt: skip
+    # Addresses anew, see dkv_kernel.
+    key = block * OWNED + c + (tl.load(entries_ptr + owner) >> 31)
+    ok = (key < S)[:, None] & (e < E)
+    at = ((b.to(tl.int64) * S + key) * K + kv_head)[:, None] * E + e
     tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=ok)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=ok)
