@@ -281,7 +281,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--kv-heads", type=int, nargs="+", default=[4] if cuda else [2])
     p.add_argument("--head-dim", type=int, default=128 if cuda else 32)
     p.add_argument("--k", type=int, default=2048)
-    p.add_argument("--mode", default="tile", choices=["tile", "block"])
+    p.add_argument("--mode", default="tile", choices=["tile", "block", "token"])
     p.add_argument(
         "--inputs",
         default="random",
@@ -296,8 +296,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--peak-flops", type=float, default=750e12 if cuda else 2e11)
     p.add_argument("--peak-bytes-s", type=float, default=4.2e12 if cuda else 2e10)
     args = p.parse_args(argv)
-    if args.mode == "block":
+    if args.mode != "tile":
         args.tiles = [1]
+    if args.mode == "token":
+        args.key_block = 1
     return args
 
 

@@ -169,7 +169,7 @@ def unite(selection: Selection, docs: Tensor | None) -> Unions:
     n_groups = triton.cdiv(selection.q_start % UNITED + queries, UNITED)
     single = spec.key_block == 1
     sinks = spec.sinks if single else 0
-    n_blocks = selection.layout.n_blocks
+    n_blocks = triton.cdiv(selection.n_keys, spec.key_block)
     width = min(UNITED * (slots + sinks), n_blocks)
 
     def table(*shape: int) -> Tensor:
