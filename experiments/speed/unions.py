@@ -3,9 +3,9 @@
     python experiments/speed/unions.py RUN_FOLDER [--rows 8]
 
 For each layer, over the second half of the context: union of 16 neighbours' keys / a query's own
-keys (what the forward and dq of `token` mode pay), the same where whole blocks of 16, 32 or 64 keys
-are fetched, and the chosen keys of a block that one query, or any of 16, touches. Beside it, the
-same for keys chosen at random. Window and sinks are not counted. Writes unions.json.
+keys (what the forward and dq of `token` mode pay), the same where whole blocks of 16, 32 or 64
+keys are fetched, and the chosen keys of a block that one query, or any of 16, touches. Beside it,
+the same for keys chosen at random. Window and sinks are not counted. Writes unions.json.
 """
 
 import argparse

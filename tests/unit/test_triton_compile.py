@@ -50,4 +50,4 @@ def test_launches_compile_within_limits(shape, target):
     for row in rows:
         assert row["shared"] <= SHARED[target], row
         # A few registers to local memory cost little; an accumulator there is a disaster.
-        assert row["local"] <= (32 if shape == "token" else 1024), row
+        assert row["local"] <= (64 if shape == "token" else 1024), row

@@ -147,7 +147,7 @@ def forward(
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and plan.single:
-        mass = _pair_sums(plan, selection, q, k, v, q, lse, lse, packed, scale, gradient=False)
+        mass = _pair_sums(plan, selection, q, k, v, q, lse, lse, packed, scale, False)
     elif need_mass:
         bn = min(32, triton.next_power_of_2(own))
         groups, columns = batch * blocks.shape[1], triton.cdiv(own, bn)
@@ -195,7 +195,7 @@ def backward(
         HAS_DLSE=dlse is not None, E=width, BE=plan.constants["BE"], BT=64,
     )  # fmt: skip
     # Key blocks large enough for a program of their own, or made so from the unions.
-    owned = c >= 16 or plan.single and (deterministic or config.OWNED_TOKENS)
+    owned = c >= 16 or (plan.single and (deterministic or config.OWNED_TOKENS))
     if not owned and deterministic:
         raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
     whole = owned and (deterministic or plan.single)  # one program adds up all of a block
@@ -250,7 +250,7 @@ def backward(
     if bias is None:
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
     if plan.single:
-        dbias = _pair_sums(plan, selection, q, k, v, dout, lse, delta, packed, scale, gradient=True)
+        dbias = _pair_sums(plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
     elif united:
         dbias = dbias.unflatten(1, (blocks.shape[1], -1)).sum(2)
     else:
@@ -267,7 +267,10 @@ def _pairs(selection: Selection) -> int:
 def _token_constants(plan: _Plan, selection: Selection) -> dict[str, int]:
     spec = selection.spec
     return dict(
-        HS=plan.constants["HS"], WINDOW=spec.window, SINKS=spec.sinks, HAS_DOCS=plan.docs is not None
+        HS=plan.constants["HS"],
+        WINDOW=spec.window,
+        SINKS=spec.sinks,
+        HAS_DOCS=plan.docs is not None,
     )
 
 
@@ -344,8 +347,8 @@ def _owned_keys(
         starts, counts, entries, used, tiles, selection.n_keys, selection.q_start,
         OWNED=OWNED, BS=min(1024, max(16, triton.next_power_of_2(tiles))),
     )  # fmt: skip
-    c = plan.constants
-    launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size(), packed is not None)
+    c, biased = plan.constants, packed is not None
+    launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size(), biased)
     owned_kernel[(owned, batch * c["K"])](
         q, k, v, dout, lse, delta, dk, dv, plan.lists, _or(plan.bits, plan.lists), counts,
         starts, entries, used, _or(packed, lse), _or(plan.docs, plan.lists),
@@ -353,7 +356,7 @@ def _owned_keys(
         selection.q_start, scale, scale * LOG2E,
         H=c["H"], K=c["K"], E=c["E"], BE=c["BE"], HS=c["HS"], WINDOW=selection.spec.window,
         OWNED=OWNED, BM=launch.rows, HAS_DOCS=plan.docs is not None,
-        HAS_BIAS=packed is not None, STAGES=launch.stages,
+        HAS_BIAS=biased, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
 
