@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gsa_platform.checkpoint import read_checkpoint
 from gsa_platform.eval.command import load
 
 GROUP, BLOCKS = 16, (16, 32, 64)
@@ -85,7 +86,7 @@ def main() -> None:
         "context": int(run.cfg.context),
         "budget": int(run.cfg.sparsity.k),
         "model": run.cfg.model.name,
-        "steps": int(run.cfg.train.steps),
+        "steps": read_checkpoint(Path(run.checkpoint), "checkpoint")["global_step"],
         "sequences": rows,
         "commit": commit.strip(),
         "layers": layers,
