@@ -106,7 +106,7 @@ def owned_keys(monkeypatch):
 @pytest.mark.parametrize(
     ("length", "documents", "shared", "owned"),
     [(1, False, True, True), (20, True, True, False), (63, True, False, True),
-     (100, True, True, True), (100, False, False, False)],
+     (70, True, True, True), (50, False, False, False)],
 )  # fmt: skip
 def test_single_keys_per_query(length, documents, shared, owned, owned_keys):
     owned_keys(owned)
@@ -119,7 +119,7 @@ def test_single_keys_per_query(length, documents, shared, owned, owned_keys):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
 def test_single_keys_with_grouped_heads(heads, kv_heads, dtype, owned_keys):
     owned_keys(kv_heads != 2)
-    selection = make_selection(50, (1, 1), budget=20)
+    selection = make_selection(34, (1, 1), budget=20)
     check(selection, inputs(selection, heads, kv_heads, width=24), dtype)
 
 
@@ -135,7 +135,7 @@ def test_last_queries_of_single_keys(owned, owned_keys):
 def test_unions_in_little_scratch(monkeypatch):
     from gsa_kernels.sparse_attention import triton_union
 
-    selection = make_selection(50, (1, 1), sinks=0, documents=True)
+    selection = make_selection(40, (1, 1), sinks=0, documents=True)
     q, k, v, bias = inputs(selection)
     q = torch.zeros_like(q)  # every logit equal
     monkeypatch.setattr(triton_union, "_SCRATCH", 3 * 100)
@@ -203,7 +203,7 @@ def test_blocks_attended_by_more_tiles_than_a_program_walks(monkeypatch):
     ("granularity", "documents"), [((16, 32), False), ((16, 32), True), ((1, 1), True)]
 )
 def test_no_result_depends_on_uninitialised_memory(granularity, documents, monkeypatch):
-    length = 100 if granularity[1] > 1 else 40
+    length = 100 if granularity[1] > 1 else 24
     selection = on_device(make_selection(length, granularity, documents=documents))
     tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
     clean = run(selection, tensors, "triton")

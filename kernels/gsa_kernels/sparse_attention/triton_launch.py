@@ -53,12 +53,19 @@ class _Plan:
         return 0 if self.sinks is None or self.sinks.shape[0] == 1 else self.sinks.shape[1] * 2
 
 
-def _plan(selection: Selection, docs: Tensor | None, heads: int, kv_heads: int, e: int) -> _Plan:
+def _plan(
+    selection: Selection,
+    docs: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    e: int,
+    starts: bool = False,
+) -> _Plan:
     spec, blocks = selection.spec, selection.blocks_BHQN
     united = spec.query_tile == 1
     r = UNITED if united else spec.query_tile
     first_tile = selection.q_start // r
-    union = unite(selection, docs) if united else None
+    union = unite(selection, docs, starts) if united else None
     if union is not None:
         lists, counts = union.lists_BHUN, union.counts_BHU
     else:
@@ -147,7 +154,7 @@ def forward(
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and plan.single:
-        mass = _pair_sums(plan, selection, q, k, v, q, lse, lse, packed, scale, False)
+        _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
     elif need_mass:
         bn = min(32, triton.next_power_of_2(own))
         groups, columns = batch * blocks.shape[1], triton.cdiv(own, bn)
@@ -186,7 +193,9 @@ def backward(
     group = heads // kv_heads
     blocks, spec = selection.blocks_BHQN, selection.spec
     own, c = blocks.shape[3], spec.key_block
-    plan = _plan(selection, docs, heads, kv_heads, width)
+    # Single keys get their gradients from programs that own key blocks, or from dq's kernel.
+    starts = c == spec.query_tile == 1 and (deterministic or config.OWNED_TOKENS)
+    plan = _plan(selection, docs, heads, kv_heads, width, starts)
     united, slots = plan.union is not None, plan.lists.shape[3]
     packed = _packed(plan, selection, bias) if plan.single else bias
     delta = torch.empty_like(lse)
@@ -194,8 +203,7 @@ def backward(
         out, dout, _or(dlse, lse), delta, queries, heads,
         HAS_DLSE=dlse is not None, E=width, BE=plan.constants["BE"], BT=64,
     )  # fmt: skip
-    # Key blocks large enough for a program of their own, or made so from the unions.
-    owned = c >= 16 or (plan.single and (deterministic or config.OWNED_TOKENS))
+    owned = c >= 16 or starts  # key blocks large enough for a program of their own
     if not owned and deterministic:
         raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
     whole = owned and (deterministic or plan.single)  # one program adds up all of a block
@@ -250,7 +258,8 @@ def backward(
     if bias is None:
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
     if plan.single:
-        dbias = _pair_sums(plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
+        dbias = torch.empty(bias.shape, device=q.device, dtype=torch.float32)
+        _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
     elif united:
         dbias = dbias.unflatten(1, (blocks.shape[1], -1)).sum(2)
     else:
@@ -292,6 +301,7 @@ def _packed(plan: _Plan, selection: Selection, bias: Tensor | None) -> Tensor | 
 
 
 def _pair_sums(
+    sums: Tensor,
     plan: _Plan,
     selection: Selection,
     q: Tensor,
@@ -303,13 +313,13 @@ def _pair_sums(
     packed: Tensor | None,
     scale: float,
     gradient: bool,
-) -> Tensor:
-    """[B, Hs, T, N] float32: mass of single keys, or the gradient of their bias."""
+) -> None:
+    """Into sums [B, Hs, T, N] float32: mass of single keys, or the gradient of their bias."""
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
     launch = config.pair_sums(width, q.element_size())
-    sums = torch.zeros(blocks.shape, device=q.device, dtype=torch.float32)
+    sums.zero_()  # the slots that are not used
     pair_sums_kernel[(plan.tiles, batch * groups)](
         q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
         _or(packed, lse), _or(plan.docs, plan.lists),
@@ -320,7 +330,6 @@ def _pair_sums(
         BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,
         num_warps=launch.warps,
     )  # fmt: skip
-    return sums
 
 
 def _owned_keys(

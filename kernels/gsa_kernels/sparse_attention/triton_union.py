@@ -31,8 +31,8 @@ class Unions:
     """lists_BHUN: ascending key blocks that any of a group's queries chose, undefined past
     counts_BHU. bits_BHUN: bit r is set where query r of the group chose the block.
 
-    For single keys (C = 1) the sinks of each query count as chosen by it, and
-    starts_BHUJ2 holds, for every OWNED keys up to the group's last query, how many entries of the
+    For single keys (C = 1) the sinks of each query count as chosen by it. starts_BHUJ2, where it
+    was asked for, holds for every OWNED keys up to the group's last query how many entries of the
     union and how many set bits lie before them. All int32.
     """
 
@@ -162,13 +162,13 @@ def sweep_kernel(
     tl.store(count_ptr + flat, count)
 
 
-def unite(selection: Selection, docs: Tensor | None) -> Unions:
+def unite(selection: Selection, docs: Tensor | None, starts: bool) -> Unions:
     """Unions over groups of UNITED positions of a selection with R = 1; docs: int32."""
     spec, blocks = selection.spec, selection.blocks_BHQN
+    assert not starts or spec.key_block == 1
     batch, heads, queries, slots = blocks.shape
     n_groups = triton.cdiv(selection.q_start % UNITED + queries, UNITED)
-    single = spec.key_block == 1
-    sinks = spec.sinks if single else 0
+    sinks = spec.sinks if spec.key_block == 1 else 0
     n_blocks = triton.cdiv(selection.n_keys, spec.key_block)
     width = min(UNITED * (slots + sinks), n_blocks)
 
@@ -178,7 +178,7 @@ def unite(selection: Selection, docs: Tensor | None) -> Unions:
 
     lists, bits, counts = table(width), table(width), table()
     owned = triton.cdiv(n_blocks, OWNED)
-    starts = table(owned, 2) if single else None
+    edges = table(owned, 2) if starts else None
     words = triton.cdiv(n_blocks, 2)
     groups = batch * heads * n_groups
     at_once = min(groups, max(1, _SCRATCH // (words * 4)))
@@ -194,9 +194,9 @@ def unite(selection: Selection, docs: Tensor | None) -> Unions:
             HAS_DOCS=docs is not None, BN=bn,
         )  # fmt: skip
         sweep_kernel[(size,)](
-            marks.view(torch.int16), lists, bits, counts, counts if starts is None else starts,
+            marks.view(torch.int16), lists, bits, counts, counts if edges is None else edges,
             first, n_groups, n_blocks, words, width, owned, selection.q_start,
-            C=spec.key_block, OWNED=OWNED, STARTS=single,
+            C=spec.key_block, OWNED=OWNED, STARTS=starts,
             BS=min(_SWEPT, triton.next_power_of_2(max(OWNED, n_blocks))),
         )  # fmt: skip
-    return Unions(lists, bits, counts, starts)
+    return Unions(lists, bits, counts, edges)
