@@ -262,6 +262,34 @@ def dq_kernel(
 
 
 @triton.jit
+def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.constexpr,
+                BE: tl.constexpr):  # fmt: skip
+    """[BM, BE] rows of q and dO."""
+    e = tl.arange(0, BE)
+    ok = row_ok[:, None] & (e < E)
+    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+    return tl.load(q_ptr + at, mask=ok, other=0.0), tl.load(do_ptr + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H: tl.constexpr):
+    """[BM] log2-sum-exp and delta of rows; p of a row that is nobody's is 0."""
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    return lse, tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+
+
+@triton.jit
+def add_rows(dk, dv, p, q, do, v, delta):
+    """dk, dv [C, BE] plus what the rows give; p [C, BM]."""
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
 def dkv_rows(
     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
     kv_head, tile, step, q_start, T, S, scale_log2, H: tl.constexpr, G: tl.constexpr,
@@ -290,14 +318,8 @@ def dkv_rows(
         q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
         do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
     else:
-        e = tl.arange(0, BE)
-        q_ok = row_ok[:, None] & (e < E)
-        at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
-        q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
-        do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
-    line = (b.to(tl.int64) * H + head) * T + t
-    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
+    lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
     p = tl.exp2(s - lse[None, :])
     if LOCAL:
@@ -306,11 +328,7 @@ def dkv_rows(
     if HAS_DOCS:
         start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
         p = tl.where(key[:, None] >= start[None, :], p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+    return add_rows(dk, dv, p, q, do, v, delta)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ Legend: see triton_forward.py; U slots of a union, J key blocks, 16 queries per 
 import triton
 import triton.language as tl
 
-from .triton_backward import dkv_rows
+from .triton_backward import add_rows, dkv_rows, gather_rows, row_scalars
 from .triton_union import ones, pair_number, pair_numbers, sink_range
 
 
@@ -248,13 +248,8 @@ def owned_kernel(
         t = tl.where(used, q_start // 16 * 16 + group * 16 + query - q_start, -1)
         row_ok = (t >= 0) & (t < T)
         head = kv_head * G + m % G
-        row_at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
-        row_mask = row_ok[:, None] & (e < E)
-        q = tl.load(q_ptr + row_at, mask=row_mask, other=0.0)
-        do = tl.load(do_ptr + row_at, mask=row_mask, other=0.0)
-        row_line = (b.to(tl.int64) * H + head) * T + t
-        lse = tl.load(lse_ptr + row_line, mask=row_ok, other=float("inf")) * 1.4426950408889634
-        delta = tl.load(delta_ptr + row_line, mask=row_ok, other=0.0)
+        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
+        lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
         flat = line.to(tl.int64) * n_groups + group
         start = start_ptr + (flat * n_owned + block) * 2
         n = tl.load(start) + c
@@ -277,10 +272,7 @@ def owned_kernel(
             begin = tl.load(docs_ptr + b.to(tl.int64) * S + q_start + t, mask=row_ok, other=0)
             chosen = chosen & (key[:, None] >= begin[None, :])
         p = tl.where(chosen, p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk, dv = add_rows(dk, dv, p, q, do, v, delta)
     low = tl.maximum(block * OWNED, q_start)
     high = tl.minimum((block + 1) * OWNED + WINDOW - 1, q_start + T)
     for first in tl.range(low, high, EACH, num_stages=1):
