@@ -132,14 +132,15 @@ def test_last_queries_of_single_keys(owned, owned_keys):
     check(part, (q[:, 37:], k, v, bias[:, :, 37:]), with_bias=owned)
 
 
-def test_unions_in_little_scratch(monkeypatch):
+def test_unions_in_little_scratch(monkeypatch, owned_keys):
     from gsa_kernels.sparse_attention import triton_union
 
-    selection = make_selection(40, (1, 1), sinks=0, documents=True)
-    q, k, v, bias = inputs(selection)
-    q = torch.zeros_like(q)  # every logit equal
-    monkeypatch.setattr(triton_union, "_SCRATCH", 3 * 100)
-    check(selection, (q, k, v, bias), with_bias=False)
+    owned_keys(True)
+    monkeypatch.setattr(triton_union, "_SCRATCH", 3 * 140)  # three groups at a time
+    monkeypatch.setattr(triton_union, "_SWEPT", 64)
+    selection = make_selection(70, (1, 1), sinks=0)
+    q, k, v, bias = inputs(selection, 2, 1)
+    check(selection, (torch.zeros_like(q), k, v, bias))  # every logit equal but for the bias
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
