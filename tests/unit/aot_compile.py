@@ -113,8 +113,8 @@ def launches_of(
 
     def both() -> None:
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
-        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True)
-        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False)
+        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True, q, True)
+        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False, q)
 
     return record(both)
 

@@ -69,6 +69,16 @@ def accumulate(acc, m, norm, s, v):
 
 
 @triton.jit
+def load_gate(gate_ptr, row, row_ok, GATE: tl.constexpr, BE: tl.constexpr):
+    """[rows, GATE or 1] in float32: a multiplier per channel, or one per head."""
+    if GATE == 1:
+        return tl.load(gate_ptr + row, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    e = tl.arange(0, BE)
+    ok = row_ok[:, None] & (e < GATE)
+    return tl.load(gate_ptr + row[:, None] * GATE + e, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -77,6 +87,8 @@ def forward_kernel(
     v_desc,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, natural log
+    gate_ptr,  # [B, T, H, GATE], multiplies the output
+    ungated_ptr,  # [B, T, H, E], what the backward needs of it; only where KEEP
     list_ptr,  # [B, HS, Q, N] int32
     bits_ptr,  # [B, HS, Q, N] int32, only where UNION
     count_ptr,  # [B, HS, Q] int32
@@ -109,6 +121,8 @@ def forward_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    GATE: tl.constexpr,  # channels of the gate: 0 (none), 1 (per head) or E
+    KEEP: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -240,12 +254,15 @@ def forward_kernel(
         acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
     safe = tl.where(norm > 0, norm, 1.0)
-    out = acc / safe[:, None]
-    tl.store(
-        out_ptr + row_offset[:, None] * E + e,
-        out.to(out_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & e_ok,
-    )
+    # Rounded before the gate multiplies it, as if the gate were applied afterwards.
+    out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    at, ok = row_offset[:, None] * E + e, row_ok[:, None] & e_ok
+    if KEEP:
+        tl.store(ungated_ptr + at, out, mask=ok)
+    if GATE > 0:
+        gate = load_gate(gate_ptr, row_offset, row_ok, GATE, BE)
+        out = (out.to(tl.float32) * gate).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=ok)
     lse = (m + tl.log2(safe)) * 0.6931471805599453
     tl.store(lse_ptr + (b.to(tl.int64) * H + head) * T + t, lse, mask=row_ok)
 
