@@ -40,20 +40,21 @@ def delta_kernel(
     e = tl.arange(0, BE)
     t_ok = t < T
     ok = t_ok[:, None] & (e < E)
-    row = (b.to(tl.int64) * T + t) * H + h
+    first = (b.to(tl.int64) * T + tl.program_id(0) * BT) * H + h
+    row = tl.arange(0, BT) * H
     at = row[:, None] * E + e
-    out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
     if GATE > 0:
-        gate = load_gate(gate_ptr, row, t_ok, GATE, BE)
+        gate = load_gate(gate_ptr, first, row, t_ok, GATE, BE)
         dgate = out * dout
         if GATE == 1:
             total = tl.sum(dgate, 1).to(dgate_ptr.dtype.element_ty)
-            tl.store(dgate_ptr + row, total, mask=t_ok)
+            tl.store(dgate_ptr + first + row, total, mask=t_ok)
         else:
-            tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
+            tl.store(dgate_ptr + first * E + at, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
         inner = (dout * gate).to(inner_ptr.dtype.element_ty)
-        tl.store(inner_ptr + at, inner, mask=ok)
+        tl.store(inner_ptr + first * E + at, inner, mask=ok)
         dout = inner.to(tl.float32)  # delta must be that of the dout which the next kernels read
     delta = tl.sum(out * dout, 1)
     line = (b.to(tl.int64) * H + h) * T + t

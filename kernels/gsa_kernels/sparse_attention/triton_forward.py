@@ -69,13 +69,16 @@ def accumulate(acc, m, norm, s, v):
 
 
 @triton.jit
-def load_gate(gate_ptr, row, row_ok, GATE: tl.constexpr, BE: tl.constexpr):
-    """[rows, GATE or 1] in float32: a multiplier per channel, or one per head."""
+def load_gate(gate_ptr, first, row, row_ok, GATE: tl.constexpr, BE: tl.constexpr):
+    """[rows, GATE or 1] in float32, of rows first + row of [B T H, GATE]: a multiplier per
+    channel, or one per head."""
     if GATE == 1:
-        return tl.load(gate_ptr + row, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    e = tl.arange(0, BE)
-    ok = row_ok[:, None] & (e < GATE)
-    return tl.load(gate_ptr + row[:, None] * GATE + e, mask=ok, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + first + row, mask=row_ok, other=0.0)[:, None]
+    else:
+        e = tl.arange(0, BE)
+        at = row[:, None] * GATE + e
+        gate = tl.load(gate_ptr + first * GATE + at, mask=row_ok[:, None] & (e < GATE), other=0.0)
+    return gate.to(tl.float32)
 
 
 @triton.jit
@@ -256,13 +259,16 @@ def forward_kernel(
     safe = tl.where(norm > 0, norm, 1.0)
     # Rounded before the gate multiplies it, as if the gate were applied afterwards.
     out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
-    at, ok = row_offset[:, None] * E + e, row_ok[:, None] & e_ok
+    # Counted from the tile's first row: 64-bit offsets of up to three tensors would spill.
+    first = (b.to(tl.int64) * T + (tile * R - q_start)) * H
+    row = (position - tile * R) * H + head
+    at, ok = row[:, None] * E + e, row_ok[:, None] & e_ok
     if KEEP:
-        tl.store(ungated_ptr + at, out, mask=ok)
+        tl.store(ungated_ptr + first * E + at, out, mask=ok)
     if GATE > 0:
-        gate = load_gate(gate_ptr, row_offset, row_ok, GATE, BE)
+        gate = load_gate(gate_ptr, first, row, row_ok, GATE, BE)
         out = (out.to(tl.float32) * gate).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, out, mask=ok)
+    tl.store(out_ptr + first * E + at, out, mask=ok)
     lse = (m + tl.log2(safe)) * 0.6931471805599453
     tl.store(lse_ptr + (b.to(tl.int64) * H + head) * T + t, lse, mask=row_ok)
 
