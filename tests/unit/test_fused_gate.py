@@ -49,9 +49,7 @@ CASES = [
 
 @channels
 @pytest.mark.parametrize(("granularity", "length", "heads", "kv", "width", "docs"), CASES)
-def test_a_fused_gate_multiplies_the_output(
-    granularity, length, heads, kv, width, docs, per_head
-):
+def test_a_fused_gate_multiplies_the_output(granularity, length, heads, kv, width, docs, per_head):
     selection = make_selection(length, granularity, window=17, documents=docs)
     tensors = inputs(selection, heads, kv, width)
     gate = gate_for(tensors[0], per_head)

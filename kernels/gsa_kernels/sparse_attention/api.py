@@ -15,6 +15,11 @@ from gsa_kernels.dispatch import resolve, triton_reason
 from gsa_kernels.selection import Selection, SelectionSpec
 
 
+# Up to so many queries, and where neither a gradient nor the mass is wanted, their keys are split
+# over programs (triton_decode.py): tiles of queries would leave most of a GPU idle.
+FEW_QUERIES = 16
+
+
 @dataclass(frozen=True)
 class AttentionResult:
     """out_BTHE; lse_BTH (float32, natural log; None unless asked for); mass_BHQN: attention
@@ -158,19 +163,16 @@ def _triton(
     learn = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, bias, gate)
     )
+    q, blocks = q.contiguous(), selection.blocks_BHQN.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    docs = None if docs is None else docs.to(torch.int32).contiguous()
+    gate = None if gate is None else gate.contiguous()
+    if q.shape[1] <= FEW_QUERIES and not (learn or need_mass):
+        out, lse = ops.decode(q, k, v, blocks, bias, docs, gate, sizes, scale)
+        return AttentionResult(out, lse.transpose(1, 2) if need_lse else None)
+    k, v = k.contiguous(), v.contiguous()
     out, lse, mass, _ = ops.forward(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        selection.blocks_BHQN.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        None if docs is None else docs.to(torch.int32).contiguous(),
-        None if gate is None else gate.contiguous(),
-        sizes,
-        scale,
-        need_mass,
-        learn,
-        deterministic,
+        q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, learn, deterministic
     )
     return AttentionResult(
         out, lse.transpose(1, 2) if need_lse else None, mass if need_mass else None

@@ -110,3 +110,29 @@ def _gradients(ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-d
 
 
 forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@torch.library.custom_op("gsa::sparse_attention_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    docs: Tensor | None,
+    gate: Tensor | None,
+    sizes: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T]) of a few queries; has no backward. k and v may be views
+    of longer buffers."""
+    from . import triton_decode
+
+    selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
+    return triton_decode.decode(q, k, v, selection, bias, docs, gate, scale)
+
+
+@decode.register_fake
+def _(q, k, v, blocks, bias, docs, gate, sizes, scale):  # type: ignore[no-untyped-def]
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return torch.empty_like(q), lse

@@ -87,3 +87,13 @@ def key_gradient(
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk
+
+
+def decode(rows: int, width: int, itemsize: int) -> Launch:
+    """rows: those of a tile that take part. A program takes one step, its loads all in flight.
+    Not measured: small programs, so that one sequence with four key-value heads and 2048 keys
+    occupies half of a large GPU."""
+    if itemsize > 2 or width > 128:
+        return Launch(_rows(16, rows), 32, 4, 1)
+    bm = _rows(64, rows)
+    return Launch(bm, 128, 4 if bm == 16 else 8, 1)

@@ -191,10 +191,11 @@ def backward(
     inner, dgate = dout, None
     if gate is not None:
         inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
-    delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
+    bt = 64 if gate is None else 32  # more rows of three tensors would not fit the registers
+    delta_kernel[(triton.cdiv(queries, bt), batch * heads)](
         out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
         HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
-        E=width, BE=plan.constants["BE"], BT=64,
+        E=width, BE=plan.constants["BE"], BT=bt,
     )  # fmt: skip
     dout = inner
     owned = c >= 16  # key blocks large enough for a program of their own
