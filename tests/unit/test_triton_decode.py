@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_selection
+from kernel_cases import make_selection
 from test_fused_gate import gate_for
 from test_sparse_attention import inputs
 from test_triton_attention import DEVICE, HALF, on_device

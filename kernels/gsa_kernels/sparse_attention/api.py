@@ -14,7 +14,6 @@ from torch import Tensor
 from gsa_kernels.dispatch import resolve, triton_reason
 from gsa_kernels.selection import Selection, SelectionSpec
 
-
 # Up to so many queries, and where neither a gradient nor the mass is wanted, their keys are split
 # over programs (triton_decode.py): tiles of queries would leave most of a GPU idle.
 FEW_QUERIES = 16
