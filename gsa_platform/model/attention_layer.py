@@ -26,13 +26,15 @@ from gsa_platform.model.rope import apply_rotary
 
 @dataclass
 class Components:
-    """The slots of one layer; None where nothing is plugged in."""
+    """The slots of one layer; None where nothing is plugged in. fused_gate: the attention
+    multiplies by the output gate itself."""
 
     attention: Attention
     indexer: Indexer | None = None
     sparsity: Sparsity | None = None
     gate: Gate | None = None
     objective: Objective | None = None
+    fused_gate: bool = False
 
 
 @dataclass
@@ -85,6 +87,7 @@ class AttentionLayer(nn.Module):
             parts.sparsity,
         )
         self.gate, self.objective = parts.gate, parts.objective
+        self.fused_gate = parts.fused_gate
         if self.objective is not None and self.indexer is not None:
             if next(self.indexer.parameters(), None) is None:
                 raise UserError(
@@ -118,11 +121,15 @@ class AttentionLayer(nn.Module):
         if cache is not None:
             k = cache.k_BSKE = cache.append(cache.k_BSKE, k)
             v = cache.v_BSKE = cache.append(cache.v_BSKE, v)
+        output_gate = None if gates is None else gates.output_BTHE
+        fused = {"gate": output_gate} if self.fused_gate and output_gate is not None else {}
         if self.indexer is None:
-            out = self.attention(q, k, v, None, seq).out_BTHE
+            out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             selection = None
         else:
-            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report, warm_up)
+            out, selection = self._select_and_attend(
+                x_BTD, q, k, v, seq, cache, report, warm_up, fused
+            )
         if probe:
             report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
             report.keys_BHT = None if selection is None else selection.attended_BHT()
@@ -130,9 +137,9 @@ class AttentionLayer(nn.Module):
                 for name, value in (("value", gates.value_BTKE), ("output", gates.output_BTHE)):
                     if value is not None:
                         report.gate_values[name] = value.detach()
-        if gates is not None and gates.output_BTHE is not None:
-            out = out * gates.output_BTHE.to(out.dtype)
-            report.gates.update(_gate_summary("output", gates.output_BTHE))
+        if output_gate is not None:
+            out = out if fused else out * output_gate.to(out.dtype)
+            report.gates.update(_gate_summary("output", output_gate))
         return self.o_proj(out.flatten(2)), report
 
     def _qkv(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +163,7 @@ class AttentionLayer(nn.Module):
         cache: LayerCache | None,
         report: LayerReport,
         warm_up: bool,
+        fused: dict[str, Tensor],
     ) -> tuple[Tensor, Any]:
         assert self.indexer is not None and self.sparsity is not None
         objective = self.objective
@@ -170,7 +178,7 @@ class AttentionLayer(nn.Module):
             cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
             factors = factors.with_keys(cache.index_k_BSI)
         if warm_up and objective is not None:
-            out = self.attention(q, k, v, None, seq).out_BTHE
+            out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)
             return out, None
         previous = cache.tail if cache is not None else None
@@ -180,7 +188,9 @@ class AttentionLayer(nn.Module):
             bias = objective.bias(factors, choice.selection, cache.bias if cache else None)
         learn = self.training and torch.is_grad_enabled()
         need_mass = learn and objective is not None and objective.need_mass
-        result = self.attention(q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass)
+        result = self.attention(
+            q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass, **fused
+        )
         if need_mass and result.mass is None:
             raise ValueError(
                 f"{type(self.attention).__name__} returned no mass, which "
