@@ -153,3 +153,16 @@ def test_the_operator_is_registered_truthfully_and_compiles(monkeypatch):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+
+
+def test_a_model_decodes_to_what_one_forward_gives():
+    from gsa_platform.testing.case import Case
+
+    case = Case("attention", "gsa", {"impl": "triton"}, ("gate=output",), mode="tile")
+    ends = [30, 31, 32, 36]  # inside tiles and across their borders
+    model = case.model("model.n_layers=1").float().eval().to(DEVICE)
+    text = case.text()[:, : ends[-1]].to(DEVICE)
+    with torch.no_grad():
+        whole, cache = model(text).hidden_BTD, model.new_cache()
+        pieces = [model(text[:, a:b], cache=cache).hidden_BTD for a, b in zip([0, *ends], ends)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
