@@ -39,7 +39,7 @@ def run(selection, tensors, gate, impl, fused=True, with_bias=True):
 # One row of each: several documents, a head of padded width, queries with lists of their own, keys
 # gathered one by one, fewer keys than the budget, one query.
 CASES = [
-    ((16, 16), 100, 4, 2, 16, True),
+    ((16, 16), 70, 4, 2, 16, True),
     ((16, 32), 63, 6, 2, 24, False),
     ((16, 1), 40, 4, 4, 16, True),
     ((1, 16), 33, 4, 2, 16, False),

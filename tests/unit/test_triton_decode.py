@@ -35,21 +35,23 @@ def decode(selection, tensors, gate=None, scale=0.3):
     return triton_decode.decode(q, k, v, selection, bias, docs, gate, scale)
 
 
-# C, R, length, first query, heads, key-value heads, choices, width
+# C, R, length, first query, heads, key-value heads, choices, width, documents
 CASES = [
-    (1, 1, 100, 99, 4, 2, 1, 16),
-    (16, 1, 100, 93, 6, 2, 2, 24),
-    (1, 16, 63, 60, 4, 4, 4, 16),
-    (5, 7, 100, 88, 4, 2, 1, 16),
-    (16, 16, 130, 123, 16, 2, 1, 16),  # inside a tile and across its border
-    (64, 64, 300, 299, 4, 1, 1, 32),
-    (16, 16, 1, 0, 2, 1, 1, 16),
-    (8, 32, 12, 0, 2, 2, 2, 16),  # fewer keys than the budget
+    (1, 1, 100, 99, 4, 2, 1, 16, False),
+    (1, 1, 63, 61, 4, 2, 2, 16, True),
+    (16, 1, 100, 97, 6, 2, 2, 24, True),
+    (1, 16, 63, 60, 4, 4, 4, 16, False),
+    (5, 7, 100, 94, 4, 2, 1, 16, True),
+    (16, 16, 130, 126, 16, 2, 1, 16, True),  # inside a tile and across its border
+    (64, 64, 300, 299, 4, 1, 1, 32, False),
+    (16, 16, 1, 0, 2, 1, 1, 16, False),
+    (8, 32, 12, 0, 2, 2, 2, 16, True),  # fewer keys than the budget
 ]
 
 
-@pytest.mark.parametrize("docs", [False, True], ids=["one_doc", "docs"])
-@pytest.mark.parametrize(("c", "r", "length", "start", "heads", "kv", "choices", "width"), CASES)
+@pytest.mark.parametrize(
+    ("c", "r", "length", "start", "heads", "kv", "choices", "width", "docs"), CASES
+)
 def test_decoding_is_the_reference(c, r, length, start, heads, kv, choices, width, docs):
     whole = make_selection(length, (c, r), budget=70, heads=choices, documents=docs)
     part, (q, k, v, bias) = last(whole, start, inputs(whole, heads, kv, width))
