@@ -157,15 +157,11 @@ def describe(cfg: Any, model: Any) -> list[str]:
     import torch
 
     from gsa_platform.capabilities import device_kind
-    from gsa_platform.errors import UserError
 
     kind = device_kind(cfg)
     if kind == "cuda" and not torch.cuda.is_available():
         return [f"attention={cfg.attention.name}: no CUDA device here to choose kernels for"]
-    try:
-        return list(model.describe(kind))
-    except ValueError as error:
-        raise UserError(f"attention={cfg.attention.name}: {error}") from error
+    return list(model.describe(kind))
 
 
 def step_tokens(cfg: Any) -> int:

@@ -39,20 +39,12 @@ def preflight(cfg: Any) -> TextDataModule | None:
             check_checkpoint(model, Path(cfg.train.resume))
         build_callbacks(cfg)
         on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        describe_attention(model, cfg, "cuda" if on_gpu else "cpu")
+        model.describe("cuda" if on_gpu else "cpu")
     except UserError:
         raise
     except Exception:
         return None
     return data
-
-
-def describe_attention(model: Transformer, cfg: Any, device_type: str) -> list[str]:
-    """The implementation of each layer; raises UserError if one asked for by name cannot run."""
-    try:
-        return model.describe(device_type)
-    except ValueError as error:
-        raise UserError(f"attention={cfg.attention.name}: {error}") from error
 
 
 def main() -> int:

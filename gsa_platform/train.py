@@ -19,7 +19,6 @@ from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.cost import measure_attention
 from gsa_platform.diagnostics.device import check_compiler, device_name, peak_memory_gb
 from gsa_platform.module import LanguageModel
-from gsa_platform.preflight import describe_attention
 from gsa_platform.progress import progress_callback, say
 from gsa_platform.report.collect import collect_result, slots_line
 from gsa_platform.report.summary import WIDTH, render_summary
@@ -46,7 +45,7 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     if cfg.train.resume is not None:
         resumed_at = check_checkpoint(module.model, Path(cfg.train.resume))
     trainer = build_trainer(cfg)
-    chosen = describe_attention(module.model, cfg, trainer.strategy.root_device.type)
+    chosen = module.model.describe(trainer.strategy.root_device.type)
     if cfg.train.compile:
         check_compiler(trainer.strategy.root_device)
     if trainer.is_global_zero:

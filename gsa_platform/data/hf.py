@@ -43,7 +43,7 @@ class HuggingFaceSource:
             datasets = importlib.import_module("datasets")
         except ImportError as error:
             raise UserError(
-                "data.name=hf needs the package datasets: pip install datasets"
+                "data.name=hf needs the package datasets: pip install 'gsa-platform[hf]'"
             ) from error
         with _quiet(datasets):
             rows = _load(datasets, path, config_name, split)

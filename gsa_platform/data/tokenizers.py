@@ -73,7 +73,7 @@ class JsonTokenizer:
         except ImportError as error:
             raise UserError(
                 "data.tokenizer is a JSON file, which needs the package tokenizers:"
-                " pip install tokenizers"
+                " pip install 'gsa-platform[tokenizers]'"
             ) from error
         try:
             content = Path(path).expanduser().read_bytes()

@@ -86,6 +86,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, m.d_model)
         pattern = expand_pattern(list(m.layer_pattern), m.n_layers)
         self.undecodable = _without_decode(cfg, registry, pattern)
+        self.attention_names = [cfg.attention.name if n == "*" else n for n in pattern]
         blocks = []
         for i, name in enumerate(pattern):
             dims = LayerDims(
@@ -188,11 +189,17 @@ class Transformer(nn.Module):
                 sparsity.observe(values)
 
     def describe(self, device_type: str) -> list[str]:
-        """One line per distinct attention implementation, with the layers that use it."""
+        """One line per distinct attention implementation, with the layers that use it.
+
+        Raises UserError if one that was asked for by name cannot run on the device.
+        """
         lines: dict[str, list[int]] = {}
-        for i, block in enumerate(self.blocks):
+        for i, (name, block) in enumerate(zip(self.attention_names, self.blocks)):
             attention = block.attention.attention
-            line = attention.describe(device_type) or type(attention).__name__
+            try:
+                line = attention.describe(device_type) or type(attention).__name__
+            except ValueError as error:
+                raise UserError(f"attention={name}: {error}") from error
             lines.setdefault(line, []).append(i)
         return [
             f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}: {line}"

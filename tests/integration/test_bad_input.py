@@ -93,7 +93,7 @@ BAD = [
     (("data=text", "data.paths=[nothing.txt]"), "'nothing.txt' matches no file"),
     (("data=text", "data.paths=[empty.txt]"), "all empty"),
     (("data=hf",), "data=hf needs a data set. Type data.path=FOLDER"),
-    (("data=hf", "data.path=./absent"), "no such file or folder. Give a|pip install datasets"),
+    (("data=hf", "data.path=./absent"), "no such file or folder. Give a|gsa-platform.hf"),
     (("data.max_bytes=20000", "context=65536"), "context 65536 is longer than the data"),
     (("data.tokenizer=absent.json",), "absent.json: no such file"),
     # checkpoints

@@ -43,7 +43,7 @@ class FakeRows(list):
 def test_without_the_library(monkeypatch, tmp_path: Path) -> None:
     node = OmegaConf.create({"name": "hf", "path": str(tmp_path), "column": "body"})
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"gsa-platform\[hf\]"):
         build_source(node)
     with pytest.raises(UserError, match=r"data\.path"):
         build_source(OmegaConf.create({"name": "hf"}))

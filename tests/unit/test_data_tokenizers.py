@@ -79,5 +79,5 @@ def test_errors(tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(UserError, match="not a tokenizers JSON file"):
             build_tokenizer(str(bad))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers"):
+    with pytest.raises(UserError, match=r"gsa-platform\[tokenizers\]"):
         build_tokenizer(str(bad))
