@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import make_selection
+from kernel_cases import granularity_id, make_selection
 from test_fused_gate import gate_for
 from test_sparse_attention import inputs
 from test_triton_attention import DEVICE, HALF, on_device
@@ -168,3 +168,45 @@ def test_a_model_decodes_to_what_one_forward_gives():
         whole, cache = model(text).hidden_BTD, model.new_cache()
         pieces = [model(text[:, a:b], cache=cache).hidden_BTD for a, b in zip([0, *ends], ends)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("granularity", [(64, 64), (32, 1), (1, 1)], ids=granularity_id)
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_sizes_of_a_real_model(granularity, queries, dtype):
+    sizes = dict(window=128, sinks=64, budget=2048, documents=queries == 16)
+    whole = make_selection(3000, granularity, **sizes)
+    part, tensors = last(whole, 3000 - queries, inputs(whole, 16, 4, 128))
+    part = on_device(part)
+    low = [x.to(DEVICE, dtype).contiguous() for x in tensors]
+    gate = gate_for(low[0], per_head=False).to(DEVICE, dtype)
+    exact = sparse_attention(*(x.double() for x in low[:3]), part, gate_BTHE=gate.double(),
+                             scale=0.3, impl="eager").out_BTHE  # fmt: skip
+    got, _ = decode(part, (*low[:3], None), gate)
+    error = (got.double() - exact).norm() / exact.norm()
+    assert error <= 4 * torch.finfo(dtype).eps, float(error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_captured_in_a_cuda_graph():
+    whole = make_selection(300, (16, 16), budget=150)
+    part, tensors = last(whole, 299, inputs(whole))
+    part = on_device(part)
+    q, k, v, _ = (x.to(DEVICE, torch.float16).contiguous() for x in tensors)
+
+    def step():
+        return sparse_attention(q, k, v, part, impl="triton").out_BTHE
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(captured, step())

@@ -19,7 +19,8 @@ from . import triton_config as config
 from .triton_forward import first_local, load_gate, logits_of
 
 
-@triton.jit
+# These change from token to token: no variant of the kernel for those that 16 divides.
+@triton.jit(do_not_specialize=["S", "q_start", "first_tile", "n_tiles", "N"])
 def decode_kernel(
     q_ptr,
     k_ptr,  # [B, S, K, E], sequences k_stride elements apart
@@ -124,7 +125,7 @@ def decode_kernel(
     tl.store(part_lse_ptr + at, top + tl.log2(norm), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def merge_kernel(
     part_ptr,
     part_lse_ptr,
