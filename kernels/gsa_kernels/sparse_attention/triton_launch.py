@@ -191,7 +191,8 @@ def backward(
     inner, dgate = dout, None
     if gate is not None:
         inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
-    bt = 64 if gate is None else 32  # more rows of three tensors would not fit the registers
+    # More rows of three tensors would not fit the registers.
+    bt = 64 if gate is None else min(64, 4096 // plan.constants["BE"])
     delta_kernel[(triton.cdiv(queries, bt), batch * heads)](
         out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
         HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
