@@ -101,7 +101,7 @@ def launches_of(
     capability: int, c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype
 ) -> list[Any]:
     from gsa_kernels.selection import Selection, SelectionSpec
-    from gsa_kernels.sparse_attention import triton_config, triton_launch
+    from gsa_kernels.sparse_attention import triton_config, triton_decode, triton_launch
 
     triton_config.has_tma = lambda device: capability >= 90
     spec = SelectionSpec(c, r, window=128, sinks=64)
@@ -112,15 +112,18 @@ def launches_of(
     kv = torch.empty(1, t, k, e, dtype=dtype, device="meta")
     lse = torch.empty(1, h, t, device="meta")
 
-    def both() -> None:
+    def calls() -> None:
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
-        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True)
-        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False)
+        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True, q, True)
+        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False, q)
+        triton_decode.decode(q[:, :1], kv, kv, selection.rows(t - 1, t), None, None, None, 0.1)
         if c == r == 1:
             bias = torch.zeros(blocks.shape, device="meta")
-            triton_launch.backward(q, kv, kv, q, lse, q, None, selection, bias, None, 0.1, True)
+            triton_launch.backward(
+                q, kv, kv, q, lse, q, None, selection, bias, None, 0.1, True, None
+            )
 
-    return record(both)
+    return record(calls)
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ def test_operators_are_registered_truthfully(granularity):
     docs = selection.doc_start_BS.to(torch.int32)
     spec = selection.spec
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
-    args = (q, k, v, selection.blocks_BHQN, bias, docs, sizes, 0.25, True, False)
+    args = (q, k, v, selection.blocks_BHQN, bias, docs, None, sizes, 0.25, True, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.forward, args, test_utils=checks)
 

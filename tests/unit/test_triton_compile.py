@@ -40,7 +40,7 @@ def test_launches_compile_within_limits(shape, target):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
-    expected = {"forward_kernel", "delta_kernel", "dq_kernel"}
+    expected = {"forward_kernel", "delta_kernel", "dq_kernel", "decode_kernel", "merge_kernel"}
     if shape == "token":
         expected |= {"mark_kernel", "sweep_kernel", "pack_kernel", "pair_sums_kernel"}
         expected |= {"invert_kernel", "owned_kernel"}

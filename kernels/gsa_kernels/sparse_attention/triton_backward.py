@@ -12,28 +12,57 @@ Legend: see triton_forward.py.
 import triton
 import triton.language as tl
 
-from .triton_forward import first_local, load_range, logits_of, tile_rows
+from .triton_forward import first_local, load_gate, load_range, logits_of, tile_rows
 from .triton_union import pair_numbers
 
 
 @triton.jit
 def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, T, H, HAS_DLSE: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
-    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP."""
+    out_ptr,  # [B, T, H, E], ungated
+    dout_ptr,  # gradient of the gated output
+    dlse_ptr,
+    gate_ptr,  # [B, T, H, GATE]
+    delta_ptr,
+    inner_ptr,  # gradient of the ungated output
+    dgate_ptr,  # [B, T, H, GATE]
+    T,
+    H,
+    HAS_DLSE: tl.constexpr,
+    GATE: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP.
+
+    With a gate dout is that of the ungated output, written here along with the gate's gradient.
+    """
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    ok = (t < T)[:, None] & (e < E)
-    at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * E + e
-    out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    t_ok = t < T
+    ok = t_ok[:, None] & (e < E)
+    first = (b.to(tl.int64) * T + tl.program_id(0) * BT) * H + h
+    row = tl.arange(0, BT) * H
+    at = row[:, None] * E + e
+    out = tl.load(out_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    if GATE > 0:
+        gate = load_gate(gate_ptr, first, row, t_ok, GATE, BE)
+        dgate = out * dout
+        if GATE == 1:
+            total = tl.sum(dgate, 1).to(dgate_ptr.dtype.element_ty)
+            tl.store(dgate_ptr + first + row, total, mask=t_ok)
+        else:
+            tl.store(dgate_ptr + first * E + at, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
+        inner = (dout * gate).to(inner_ptr.dtype.element_ty)
+        tl.store(inner_ptr + first * E + at, inner, mask=ok)
+        dout = inner.to(tl.float32)  # delta must be that of the dout which the next kernels read
     delta = tl.sum(out * dout, 1)
     line = (b.to(tl.int64) * H + h) * T + t
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + line, mask=t < T, other=0.0)
-    tl.store(delta_ptr + line, delta, mask=t < T)
+        delta -= tl.load(dlse_ptr + line, mask=t_ok, other=0.0)
+    tl.store(delta_ptr + line, delta, mask=t_ok)
 
 
 @triton.jit

@@ -114,3 +114,13 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 def pair_sums(width: int, itemsize: int) -> Launch:
     """rows: the 16 queries of a group, one head at a time."""
     return Launch(16, 32 if itemsize > 2 or width > 128 else 64, 8, 1)
+
+
+def decode(rows: int, width: int, itemsize: int) -> Launch:
+    """rows: those of a tile that take part. A program takes one step, its loads all in flight.
+    Not measured: small programs, so that one sequence with four key-value heads and 2048 keys
+    occupies half of a large GPU."""
+    if itemsize > 2 or width > 128:
+        return Launch(_rows(16, rows), 32, 4, 1)
+    bm = _rows(64, rows)
+    return Launch(bm, 128, 4 if bm == 16 else 8, 1)

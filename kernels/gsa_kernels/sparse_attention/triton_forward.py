@@ -72,6 +72,19 @@ def accumulate(acc, m, norm, s, v):
 
 
 @triton.jit
+def load_gate(gate_ptr, first, row, row_ok, GATE: tl.constexpr, BE: tl.constexpr):
+    """[rows, GATE or 1] in float32, of rows first + row of [B T H, GATE]: a multiplier per
+    channel, or one per head."""
+    if GATE == 1:
+        gate = tl.load(gate_ptr + first + row, mask=row_ok, other=0.0)[:, None]
+    else:
+        e = tl.arange(0, BE)
+        at = row[:, None] * GATE + e
+        gate = tl.load(gate_ptr + first * GATE + at, mask=row_ok[:, None] & (e < GATE), other=0.0)
+    return gate.to(tl.float32)
+
+
+@triton.jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -80,6 +93,8 @@ def forward_kernel(
     v_desc,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, natural log
+    gate_ptr,  # [B, T, H, GATE], multiplies the output
+    ungated_ptr,  # [B, T, H, E], what the backward needs of it; only where KEEP
     list_ptr,  # [B, HS, Q, N] int32
     bits_ptr,  # [B, HS, Q, N] int32, only where UNION
     count_ptr,  # [B, HS, Q] int32
@@ -113,6 +128,8 @@ def forward_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    GATE: tl.constexpr,  # channels of the gate: 0 (none), 1 (per head) or E
+    KEEP: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -257,15 +274,20 @@ def forward_kernel(
     # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
     # would push the accumulator out of the registers.
     zero = tl.load(count_ptr + entry) >> 31
-    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
-    row_offset = (b.to(tl.int64) * T + t) * H + head
+    position, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
-    out = acc / safe[:, None]
-    tl.store(
-        out_ptr + row_offset[:, None] * E + e,
-        out.to(out_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & e_ok,
-    )
+    # Rounded before the gate multiplies it, as if the gate were applied afterwards.
+    out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    # Counted from the tile's first row: 64-bit offsets of up to three tensors would spill.
+    first = (b.to(tl.int64) * T + (tile * R - q_start)) * H
+    row = (position - tile * R) * H + head
+    at, ok = row[:, None] * E + e, row_ok[:, None] & e_ok
+    if KEEP:
+        tl.store(ungated_ptr + first * E + at, out, mask=ok)
+    if GATE > 0:
+        gate = load_gate(gate_ptr, first, row, row_ok, GATE, BE)
+        out = (out.to(tl.float32) * gate).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * E + at, out, mask=ok)
     lse = (m + tl.log2(safe)) * 0.6931471805599453
     tl.store(lse_ptr + (b.to(tl.int64) * H + head) * T + t, lse, mask=row_ok)
 

@@ -117,8 +117,11 @@ def forward(
     docs: Tensor | None,
     scale: float,
     need_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty); inputs contiguous."""
+    gate: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
+    contiguous. keep: write the ungated output too, which the backward needs."""
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     blocks = selection.blocks_BHQN
@@ -133,6 +136,8 @@ def forward(
     sub, parts = max(1, c // launch.keys), triton.cdiv(plan.rows, launch.rows)
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
+    keep = keep and gate is not None
+    ungated = torch.empty_like(q) if keep else q.new_empty(0)
     slot_lse, slot_mass = lse, need_mass and not plan.single
     if slot_mass:
         shape = (batch, kv_heads, plan.tiles, parts, slots * sub, launch.rows)
@@ -141,7 +146,7 @@ def forward(
         )
     tma = _tma(launch, q) and c % launch.keys == 0
     forward_kernel[(plan.tiles * parts, batch * kv_heads)](
-        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse,
+        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
         plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
         queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
@@ -150,7 +155,8 @@ def forward(
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        HAS_MASS=slot_mass, TMA=tma, STAGES=launch.stages,
+        HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
+        TMA=tma, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and plan.single:
@@ -170,7 +176,7 @@ def forward(
                 plan.tiles, slots, H=heads, K=kv_heads, HS=blocks.shape[1],
                 R=plan.constants["R"], SUB=sub, BM=launch.rows, BN=bn,
             )  # fmt: skip
-    return out, lse, mass
+    return out, lse, mass, ungated
 
 
 def backward(
@@ -186,8 +192,12 @@ def backward(
     docs: Tensor | None,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dbias) in the dtypes of q, k, v and bias; inputs contiguous."""
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dq, dk, dv, dbias, dgate) in the dtypes of q, k, v, bias and gate; inputs contiguous.
+
+    out is the ungated output, dout the gradient of the gated one.
+    """
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     group = heads // kv_heads
@@ -199,10 +209,17 @@ def backward(
     united, slots = plan.union is not None, plan.lists.shape[3]
     packed = _packed(plan, selection, bias) if plan.single else bias
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
-        out, dout, _or(dlse, lse), delta, queries, heads,
-        HAS_DLSE=dlse is not None, E=width, BE=plan.constants["BE"], BT=64,
+    inner, dgate = dout, None
+    if gate is not None:
+        inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
+    # More rows of three tensors would not fit the registers.
+    bt = 64 if gate is None else min(64, 4096 // plan.constants["BE"])
+    delta_kernel[(triton.cdiv(queries, bt), batch * heads)](
+        out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
+        HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
+        E=width, BE=plan.constants["BE"], BT=bt,
     )  # fmt: skip
+    dout = inner
     owned = c >= 16 or starts  # key blocks large enough for a program of their own
     if not owned and deterministic:
         raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
@@ -256,7 +273,7 @@ def backward(
             num_warps=launch.warps,
         )  # fmt: skip
     if bias is None:
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, dgate
     if plan.single:
         dbias = torch.empty(bias.shape, device=q.device, dtype=torch.float32)
         _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
@@ -265,7 +282,7 @@ def backward(
     else:
         dbias = dbias.sum(3)
         dbias = dbias.sum(1, keepdim=True) if blocks.shape[1] == 1 else dbias
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), dgate
 
 
 def _pairs(selection: Selection) -> int:
