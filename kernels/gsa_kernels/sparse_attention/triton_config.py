@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels, by architecture and shape.
 
 Measured, see the notebook; those of single keys per query (C = R = 1) are chosen from registers
-and shared memory alone. To try there: the forward with 5 stages, dq with 64 keys, 8 warps and 2
-stages, owned_keys with 64 rows, OWNED_TOKENS.
+and shared memory alone. To try there: the forward with 5 stages, atomic dq with 32 keys, 4 warps
+and 3 stages, owned_keys with 64 rows and 4 warps (144 B spilled outside the loop), OWNED_TOKENS.
 """
 
 from dataclasses import dataclass
@@ -60,13 +60,23 @@ def forward(
 
 
 def query_gradient(
-    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
+    rows: int,
+    block: int,
+    width: int,
+    itemsize: int,
+    device: torch.device,
+    united: bool,
+    atomic: bool,
 ) -> Launch:
+    """atomic: the kernel also adds up dk and dv."""
     if united:
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
         if block == 1:
-            return Launch(bm, 32, 8 if big else 4, 1 if big else 3)
+            if big:
+                return Launch(bm, 32, 8, 1)
+            # dk and dv of fewer than 64 keys would miss the wide products of sm_90.
+            return Launch(bm, 64, 8, 2) if atomic else Launch(bm, 32, 4, 3)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)

@@ -229,7 +229,9 @@ def backward(
     else:
         dk, dv = (torch.zeros(k.shape, device=k.device, dtype=torch.float32) for _ in range(2))
     dq = torch.empty_like(q)
-    launch = config.query_gradient(plan.rows, c, width, q.element_size(), q.device, united)
+    launch = config.query_gradient(
+        plan.rows, c, width, q.element_size(), q.device, united, not owned
+    )
     parts = triton.cdiv(plan.rows, launch.rows)
     tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
