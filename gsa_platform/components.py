@@ -24,7 +24,8 @@ class Capabilities:
     attention takes no Selection: it decides by itself which keys a query attends.
 
     ``mass`` and ``bias``, for attentions that take a Selection: it reports the attention on each
-    selected block, and adds a bias to the logits of each. ``requires`` names capabilities that
+    selected block, and adds a bias to the logits of each. ``fused_gate``: an attention takes the
+    keyword ``gate`` and multiplies its output by it. ``requires`` names capabilities that
     the attention beside this component must have, each with the setting that asks for it ("" for
     always). ``reasons`` says why a capability is missing or narrow; refusals quote it."""
 
@@ -38,6 +39,7 @@ class Capabilities:
     deterministic: bool = True
     mass: bool = False
     bias: bool = False
+    fused_gate: bool = False
     needs: tuple[str, ...] = ()
     requires: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)

@@ -95,7 +95,10 @@ class Attention(Part):
     ) -> AttentionOutput:
         """Queries are positions seq.q_start .. seq.q_start + T - 1 of the S keys.
 
-        With selection None every causal key of the query's document is attended.
+        With selection None every causal key of the query's document is attended. Where its
+        Capabilities say fused_gate, the keyword gate carries the output gate, if there is one
+        ([B, T, H, E or 1]), and out_BTHE is the output times the gate; otherwise the host
+        multiplies.
         """
         raise NotImplementedError
 

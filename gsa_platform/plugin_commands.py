@@ -184,6 +184,8 @@ def _capabilities(component: Component, slot: str) -> str:
             parts += [_requirement(slot, need, setting) for need, setting in value.items()]
         elif field.name == "reasons" or (field.name in SELECTION_ONLY and not takes_selection):
             continue
+        elif field.name == "fused_gate" and slot != "attention":
+            continue
         elif isinstance(value, bool):
             parts.append(field.name if value else f"no {field.name}")
         elif value:

@@ -26,18 +26,36 @@ from gsa_platform.model.rope import apply_rotary
 
 @dataclass
 class Components:
-    """The slots of one layer; None where nothing is plugged in."""
+    """The slots of one layer; None where nothing is plugged in. fused_gate: the attention
+    multiplies by the output gate itself."""
 
     attention: Attention
     indexer: Indexer | None = None
     sparsity: Sparsity | None = None
     gate: Gate | None = None
     objective: Objective | None = None
+    fused_gate: bool = False
+
+
+_SPARE = 64  # positions, beside half of what there is, that a cache's buffer has to spare
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A buffer and the view of its first positions that was given out last. Only positions behind
+    that view are ever written."""
+
+    buffer: Tensor
+    given: Tensor
+    inference: bool  # made in inference mode, outside of which it must not be written
 
 
 @dataclass
 class LayerCache:
-    """What decoding keeps of one layer: keys, gated values, index keys, the unfinished tile."""
+    """What decoding keeps of one layer: keys, gated values, index keys, the unfinished tile.
+
+    Positions are added with `extend`. The tensors may be views of longer buffers.
+    """
 
     k_BSKE: Tensor | None = None
     v_BSKE: Tensor | None = None
@@ -45,9 +63,45 @@ class LayerCache:
     tail: Any = None
     bias: Tensor | None = None
 
-    @staticmethod
-    def append(old: Tensor | None, new: Tensor) -> Tensor:
-        return new if old is None else torch.cat([old, new], 1)
+    _room: dict[str, _Room] = field(default_factory=dict, repr=False)
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        """Add positions (dimension 1) to the tensor called `name`, and return the whole of it.
+
+        Where no gradient is wanted a token costs its own rows, not a copy of all that came
+        before: they are written into a buffer with room to grow.
+        """
+        old = getattr(self, name)
+        if old is None:
+            whole = new
+        elif old.dtype != new.dtype or (
+            torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)
+        ):
+            whole = torch.cat([old, new], 1)
+        else:
+            whole = self._write(name, old, new)
+        setattr(self, name, whole)
+        return whole
+
+    def _write(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        length, total = old.shape[1], old.shape[1] + new.shape[1]
+        room = self._room.get(name)
+        # A compiler cannot trace the question.
+        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        if (
+            room is None
+            # Another copy of this cache, or whoever set the tensor, may have gone another way.
+            or room.given is not old
+            or room.inference != inference
+            or room.buffer.shape[1] < total
+        ):
+            shape = (old.shape[0], total + total // 2 + _SPARE, *old.shape[2:])
+            room = _Room(old.new_empty(shape), old, inference)
+            room.buffer[:, :length] = old
+        room.buffer[:, length:total] = new
+        whole = room.buffer[:, :total]
+        self._room[name] = _Room(room.buffer, whole, inference)
+        return whole
 
 
 @dataclass
@@ -85,6 +139,7 @@ class AttentionLayer(nn.Module):
             parts.sparsity,
         )
         self.gate, self.objective = parts.gate, parts.objective
+        self.fused_gate = parts.fused_gate
         if self.objective is not None and self.indexer is not None:
             if next(self.indexer.parameters(), None) is None:
                 raise UserError(
@@ -116,13 +171,16 @@ class AttentionLayer(nn.Module):
             v = v * gates.value_BTKE.to(v.dtype)
             report.gates.update(_gate_summary("value", gates.value_BTKE))
         if cache is not None:
-            k = cache.k_BSKE = cache.append(cache.k_BSKE, k)
-            v = cache.v_BSKE = cache.append(cache.v_BSKE, v)
+            k, v = cache.extend("k_BSKE", k), cache.extend("v_BSKE", v)
+        output_gate = None if gates is None else gates.output_BTHE
+        fused = {"gate": output_gate} if self.fused_gate and output_gate is not None else {}
         if self.indexer is None:
-            out = self.attention(q, k, v, None, seq).out_BTHE
+            out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             selection = None
         else:
-            out, selection = self._select_and_attend(x_BTD, q, k, v, seq, cache, report, warm_up)
+            out, selection = self._select_and_attend(
+                x_BTD, q, k, v, seq, cache, report, warm_up, fused
+            )
         if probe:
             report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
             report.keys_BHT = None if selection is None else selection.attended_BHT()
@@ -130,9 +188,9 @@ class AttentionLayer(nn.Module):
                 for name, value in (("value", gates.value_BTKE), ("output", gates.output_BTHE)):
                     if value is not None:
                         report.gate_values[name] = value.detach()
-        if gates is not None and gates.output_BTHE is not None:
-            out = out * gates.output_BTHE.to(out.dtype)
-            report.gates.update(_gate_summary("output", gates.output_BTHE))
+        if output_gate is not None:
+            out = out if fused else out * output_gate.to(out.dtype)
+            report.gates.update(_gate_summary("output", output_gate))
         return self.o_proj(out.flatten(2)), report
 
     def _qkv(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +214,7 @@ class AttentionLayer(nn.Module):
         cache: LayerCache | None,
         report: LayerReport,
         warm_up: bool,
+        fused: dict[str, Tensor],
     ) -> tuple[Tensor, Any]:
         assert self.indexer is not None and self.sparsity is not None
         objective = self.objective
@@ -167,10 +226,9 @@ class AttentionLayer(nn.Module):
         else:
             factors = self.indexer(x_index, seq, spec)
         if cache is not None:
-            cache.index_k_BSI = cache.append(cache.index_k_BSI, factors.k_BSI)
-            factors = factors.with_keys(cache.index_k_BSI)
+            factors = factors.with_keys(cache.extend("index_k_BSI", factors.k_BSI))
         if warm_up and objective is not None:
-            out = self.attention(q, k, v, None, seq).out_BTHE
+            out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)
             return out, None
         previous = cache.tail if cache is not None else None
@@ -180,7 +238,9 @@ class AttentionLayer(nn.Module):
             bias = objective.bias(factors, choice.selection, cache.bias if cache else None)
         learn = self.training and torch.is_grad_enabled()
         need_mass = learn and objective is not None and objective.need_mass
-        result = self.attention(q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass)
+        result = self.attention(
+            q, k, v, choice.selection, seq, bias=bias, need_mass=need_mass, **fused
+        )
         if need_mass and result.mass is None:
             raise ValueError(
                 f"{type(self.attention).__name__} returned no mass, which "

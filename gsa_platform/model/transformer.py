@@ -217,15 +217,16 @@ def _components(cfg: Any, registry: Registry, name: str, dims: LayerDims) -> Com
     configured = name in ("*", cfg.attention.name)
     attention = registry.build("attention", cfg.attention if configured else {"name": name}, dims)
     gate = registry.build("gate", cfg.gate, dims)
-    modes = registry.component("attention", cfg.attention.name if configured else name)
-    if not modes.capabilities.modes:
-        return Components(attention, gate=gate)
+    can = registry.component("attention", cfg.attention.name if configured else name).capabilities
+    if not can.modes:
+        return Components(attention, gate=gate, fused_gate=can.fused_gate)
     return Components(
         attention,
         registry.build("indexer", cfg.indexer, dims),
         registry.build("sparsity", cfg.sparsity, dims),
         gate,
         registry.build("objective", cfg.objective, dims),
+        can.fused_gate,
     )
 
 

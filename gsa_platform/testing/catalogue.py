@@ -68,6 +68,7 @@ OF_SLOT: dict[str, tuple[Probe, ...]] = {
         capabilities.declared_head_dims_work,
         numerics.grouped_heads_are_repeated_heads,
         of_attention.its_choices_matter,
+        of_attention.a_fused_gate_multiplies_the_output,
         of_attention.describes_itself,
         of_attention.observations_are_as_documented,
     ),

@@ -98,6 +98,44 @@ def declared_mass_and_bias_are_given(case: Case) -> None:
             )
 
 
+@probe("fused_gate")
+def a_fused_gate_multiplies_the_output(case: Case) -> None:
+    """Calls it as the host does, with a gate of every sign per channel and per head: outputs and
+    gradients must be those of its ungated output times the gate, over a selection and (in a
+    warm-up) over every key."""
+    model = case.model(ONE_LAYER)
+    attention = layers(model)[0].attention
+    (q, k, v, selection, *rest), kwargs = attention_call(case, model, case.text())
+    kwargs.pop("gate", None)
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(q.shape, generator=generator).to(q)
+
+    def call(selection: Any, gate: Tensor, fused: bool) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, gate)]
+        torch.manual_seed(0)
+        more = kwargs | ({"gate": leaves[3]} if fused else {})
+        out = attention(*leaves[:3], selection, *rest, **more).out_BTHE
+        out = out if fused else out * leaves[3]
+        learn = leaves if case.can.backward else []
+        return [out.detach(), *(torch.autograd.grad((out * weight).sum(), learn) if learn else ())]
+
+    for channels, kind in ((q.shape[3], "channel"), (1, "head")):
+        gate = torch.randn(*q.shape[:3], channels, generator=generator).to(q)
+        for chosen in (selection, None) if selection is not None else (None,):
+            try:
+                got = call(chosen, gate, fused=True)
+            except Exception as error:
+                raise AssertionError(
+                    f"it declares fused_gate, but with a gate per {kind} it raises "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            want = call(chosen, gate, fused=False)
+            names = ("the output", *(f"the gradient of {x}" for x in ("q", "k", "v", "the gate")))
+            for name, a, b in zip(names, got, want):
+                what = f"with a gate per {kind}, {name}, against multiplying afterwards,"
+                expect_close(a, b, case.close, what, "the fused gate is not a multiplication")
+
+
 @probe()
 def describes_itself(case: Case) -> None:
     """Asks for the line of the log on every declared device: text, one line."""

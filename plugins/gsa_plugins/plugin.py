@@ -75,7 +75,7 @@ def gsa_register_attention() -> list[Component]:
             "gsa_plugins.attention.gsa:GatedSparseAttention",
             c.GsaAttentionConfig,
             "Softmax attention over selected keys, linear memory (arXiv 2601.15305)",
-            Capabilities(modes=("token", "block", "tile"), mass=True, bias=True),
+            Capabilities(modes=("token", "block", "tile"), mass=True, bias=True, fused_gate=True),
             trial=Trial(reference={"impl": "reference"}),
         ),
         Component(

@@ -31,6 +31,7 @@ WRONG = {
     "differs_when_compiled": ("DiffersWhenCompiled", Capabilities()),
     "ignores_the_selection": ("Plain", Capabilities(modes=("tile",))),
     "promises_mass": ("PromisesMass", Capabilities(modes=("tile",), mass=True)),
+    "gates_twice": ("GatesTwice", Capabilities(fused_gate=True)),
     "drops_the_bias": ("DropsTheBias", Capabilities(modes=("tile",), bias=True)),
 }
 
@@ -84,6 +85,12 @@ class PromisesMass(Plain):
 
 class DropsTheBias(PromisesMass):
     """The same: it never looks at the bias."""
+
+
+class GatesTwice(Plain):
+    def forward(self, q, k, v, selection, seq, bias=None, need_mass=False, gate=None):
+        out = self.attend(q, k, v, seq)
+        return AttentionOutput(out if gate is None else out * gate * gate)
 
 
 class ReadsTheFuture(Plain):

@@ -93,6 +93,11 @@ CAUGHT = {
         "the bias is ignored",
         set(),
     ),
+    ("attention", "gates_twice"): (
+        "a_fused_gate_multiplies_the_output",
+        "the fused gate is not a multiplication",
+        set(),
+    ),
     ("indexer", "learns_nothing"): (
         "tile-objectives_teach_the_indexer",
         "the indexer never learns",

@@ -11,7 +11,7 @@ from gsa_platform.components import SLOTS
 from gsa_platform.testing import slot_checks
 
 REASONS = (  # why a check may be skipped
-    r"declares (backward|decode|varlen|deterministic)=False",
+    r"declares (backward|decode|varlen|deterministic|fused_gate)=False",
     r"declares devices .*, this machine has ",
     r"declares no head widths, so any",
     r"needs .* \(pip install .*\)",

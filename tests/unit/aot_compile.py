@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -100,7 +101,7 @@ def launches_of(
     capability: int, c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype
 ) -> list[Any]:
     from gsa_kernels.selection import Selection, SelectionSpec
-    from gsa_kernels.sparse_attention import triton_config, triton_launch
+    from gsa_kernels.sparse_attention import triton_config, triton_decode, triton_launch
 
     triton_config.has_tma = lambda device: capability >= 90
     spec = SelectionSpec(c, r, window=128, sinks=64)
@@ -111,18 +112,28 @@ def launches_of(
     kv = torch.empty(1, t, k, e, dtype=dtype, device="meta")
     lse = torch.empty(1, h, t, device="meta")
 
-    def both() -> None:
+    def calls() -> None:
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
-        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True)
-        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False)
+        triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True, q, True)
+        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False, q)
+        triton_decode.decode(q[:, :1], kv, kv, selection.rows(t - 1, t), None, None, None, 0.1)
+        if c == r == 1:
+            bias = torch.zeros(blocks.shape, device="meta")
+            triton_launch.backward(
+                q, kv, kv, q, lse, q, None, selection, bias, None, 0.1, True, None
+            )
 
-    return record(both)
+    return record(calls)
 
 
 def report(launches: list[Any], capability: int) -> None:
     """Print what each launch takes of the GPU, one JSON object a line."""
+    seen = set()
     for kernel, arguments, options in launches:
         built = compiled(kernel, arguments, options, capability)
+        if built.hash in seen:
+            continue
+        seen.add(built.hash)
         row = {"kernel": kernel.__name__, "shared": built.metadata.shared, **options}
         print(json.dumps(row | resources(built.asm["cubin"])), flush=True)
 

@@ -8,12 +8,11 @@ Prints one JSON object per kernel, as aot_compile.py does for those of the atten
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import torch
-from aot_compile import compiled, record, resources
+from aot_compile import record, report
 
 HEADS, WIDTH, TILES = 4, 64, 8
 
@@ -51,10 +50,7 @@ def launches_of(c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dty
 def main() -> None:
     capability = int(sys.argv[1].removeprefix("sm_"))
     sizes = [int(x) for x in sys.argv[2:8]]
-    for kernel, arguments, options in launches_of(*sizes, getattr(torch, sys.argv[8])):
-        built = compiled(kernel, arguments, options, capability)
-        row = {"kernel": kernel.__name__, "shared": built.metadata.shared, **options}
-        print(json.dumps(row | resources(built.asm["cubin"])), flush=True)
+    report(launches_of(*sizes, getattr(torch, sys.argv[8])), capability)
 
 
 if __name__ == "__main__":

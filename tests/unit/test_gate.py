@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from gsa_platform.contracts import LayerDims
+from gsa_platform.testing.case import Case, layers
+from gsa_platform.testing.gradients import loss_of
 from gsa_plugins import configs as c
 from gsa_plugins.gate import ACTIVATIONS, ProjectedGate
 
@@ -54,3 +56,19 @@ def test_which_gates_and_how_wide(name, granularity):
 def test_bad_settings_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting.values()))):
         ProjectedGate(c.ValueGateConfig(**setting), DIMS)
+
+
+def test_a_fused_gate_changes_no_bit_of_a_model_on_a_cpu():
+    case = Case("attention", "gsa", beside=("gate=dual",), mode="tile")
+    model, text = case.model("model.n_layers=1"), case.text()
+    layer = layers(model)[0]
+    found = []
+    for fused in (True, False):
+        assert layer.fused_gate or not fused
+        layer.fused_gate = fused
+        model.zero_grad()
+        loss = loss_of(case, model, text)
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 8
+    assert all(torch.equal(a, b) for a, b in zip(*found))

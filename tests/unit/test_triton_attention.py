@@ -93,6 +93,56 @@ def test_single_queries_with_grouped_heads(heads, kv_heads, dtype):
     check(selection, inputs(selection, heads, kv_heads, width=32), dtype)
 
 
+owned = pytest.mark.parametrize("owned", [False, True], ids=["atomic", "owned"])
+
+
+@pytest.fixture
+def owned_keys(monkeypatch):
+    from gsa_kernels.sparse_attention import triton_config
+
+    return lambda owned: monkeypatch.setattr(triton_config, "OWNED_TOKENS", owned)
+
+
+@pytest.mark.parametrize(
+    ("length", "documents", "shared", "owned"),
+    [(1, False, True, True), (20, True, True, False), (63, True, False, True),
+     (70, True, True, True), (50, False, False, False)],
+)  # fmt: skip
+def test_single_keys_per_query(length, documents, shared, owned, owned_keys):
+    owned_keys(owned)
+    heads = 1 if shared else 2
+    selection = make_selection(length, (1, 1), heads=heads, documents=documents)
+    check(selection, inputs(selection))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (16, 1)])
+def test_single_keys_with_grouped_heads(heads, kv_heads, dtype, owned_keys):
+    owned_keys(kv_heads != 2)
+    selection = make_selection(34, (1, 1), budget=20)
+    check(selection, inputs(selection, heads, kv_heads, width=24), dtype)
+
+
+@owned
+def test_last_queries_of_single_keys(owned, owned_keys):
+    owned_keys(owned)
+    whole = make_selection(70, (1, 1), window=1, sinks=2, budget=20, documents=True)
+    part = type(whole)(whole.spec, whole.blocks_BHQN[:, :, 37:], 33, 70, 37, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, 37:], k, v, bias[:, :, 37:]), with_bias=owned)
+
+
+def test_unions_in_little_scratch(monkeypatch, owned_keys):
+    from gsa_kernels.sparse_attention import triton_union
+
+    owned_keys(True)
+    monkeypatch.setattr(triton_union, "_SCRATCH", 3 * 140)  # three groups at a time
+    monkeypatch.setattr(triton_union, "_SWEPT", 64)
+    selection = make_selection(70, (1, 1), sinks=0)
+    q, k, v, bias = inputs(selection, 2, 1)
+    check(selection, (torch.zeros_like(q), k, v, bias))  # every logit equal but for the bias
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [16, 24, 64, 128])
 @pytest.mark.parametrize("granularity", [(16, 16), (64, 64), (2, 32)], ids=granularity_id)
@@ -150,9 +200,12 @@ def test_blocks_attended_by_more_tiles_than_a_program_walks(monkeypatch):
     check(selection, inputs(selection))
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
-def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
-    selection = on_device(make_selection(100, (16, 32), documents=documents))
+@pytest.mark.parametrize(
+    ("granularity", "documents"), [((16, 32), False), ((16, 32), True), ((1, 1), True)]
+)
+def test_no_result_depends_on_uninitialised_memory(granularity, documents, monkeypatch):
+    length = 100 if granularity[1] > 1 else 24
+    selection = on_device(make_selection(length, granularity, documents=documents))
     tensors = [x.to(DEVICE, torch.float32) for x in inputs(selection)]
     clean = run(selection, tensors, "triton")
     made = []
@@ -172,15 +225,17 @@ def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
         torch.testing.assert_close(dirty[name], value, msg=name)
 
 
-def test_operators_are_registered_truthfully():
+@pytest.mark.parametrize("granularity", [(16, 16), (1, 1)], ids=granularity_id)
+def test_operators_are_registered_truthfully(granularity):
     from gsa_kernels.sparse_attention import ops
 
-    selection = on_device(make_selection(40, (16, 16), documents=True))
+    length = 40 if granularity[1] > 1 else 18
+    selection = on_device(make_selection(length, granularity, documents=True))
     q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
     docs = selection.doc_start_BS.to(torch.int32)
     spec = selection.spec
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
-    args = (q, k, v, selection.blocks_BHQN, bias, docs, sizes, 0.25, True, False)
+    args = (q, k, v, selection.blocks_BHQN, bias, docs, None, sizes, 0.25, True, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.forward, args, test_utils=checks)
 
@@ -201,7 +256,7 @@ def test_refusals():
     for granularity, word in (
         ((5, 16), "key blocks"),
         ((16, 8), "query tiles"),
-        ((1, 1), "per query"),
+        ((4, 1), "per block and query"),
     ):
         selection = on_device(make_selection(40, granularity))
         q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))

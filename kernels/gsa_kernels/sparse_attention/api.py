@@ -6,13 +6,17 @@ Legend: B batch, T queries, S keys, H query heads, K key-value heads, E head wid
 N selected slots, Hs selection heads (1 or K).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gsa_kernels.dispatch import resolve, triton_reason
 from gsa_kernels.selection import Selection, SelectionSpec
+
+# Up to so many queries, and where neither a gradient nor the mass is wanted, their keys are split
+# over programs (triton_decode.py): tiles of queries would leave most of a GPU idle.
+FEW_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ def _no_kernel(spec: SelectionSpec | None, width: int) -> str:
         return ""
     if spec.key_block & (spec.key_block - 1) or spec.key_block > 128:
         return f"the kernels take key blocks of 1, 2, 4 .. 128 keys, not {spec.key_block}"
-    if spec.query_tile == 1 and spec.key_block < 16:
-        return f"there is no kernel for lists of {spec.key_block} keys per query yet (16 and more)"
-    if spec.query_tile == 1 and spec.window < 16:
+    if spec.query_tile == 1 and 1 < spec.key_block < 16:
+        return f"the kernels take 1, 16, 32 .. 128 keys per block and query, not {spec.key_block}"
+    if spec.query_tile == 1 and spec.key_block > 1 and spec.window < 16:
         # United queries share the sinks of the first: a document that starts among them must
         # have its own sinks inside the window.
         return f"the kernels need a window of 16 keys or more, not {spec.window}"
@@ -79,16 +83,18 @@ def sparse_attention(
     selection: Selection,
     *,
     bias_BHQN: Tensor | None = None,
+    gate_BTHE: Tensor | None = None,
     scale: float | None = None,
     need_lse: bool = False,
     need_mass: bool = False,
     deterministic: bool | None = None,
     impl: str = "auto",
 ) -> AttentionResult:
-    """Attend the selected keys. Gradients reach q, k, v and bias_BHQN.
+    """Attend the selected keys. Gradients reach q, k, v, bias_BHQN and gate_BTHE.
 
     bias_BHQN (natural-log units, [B, Hs, Q, N]) is added to the logits of the selected blocks,
-    the same for the C keys of a block and the R queries of a tile. scale defaults to 1/sqrt(E).
+    the same for the C keys of a block and the R queries of a tile. gate_BTHE (activated, one per
+    channel or, [B, T, H, 1], per head) multiplies the output. scale defaults to 1/sqrt(E).
     deterministic: a backward without atomic additions, whatever they cost; by default what
     torch.use_deterministic_algorithms says.
     Raises ValueError on shapes that do not fit the selection.
@@ -112,6 +118,13 @@ def sparse_attention(
         )
     if bias_BHQN is not None and bias_BHQN.shape != selection.blocks_BHQN.shape:
         raise ValueError("the bias must have one entry for each slot of the selection")
+    if gate_BTHE is not None:
+        if gate_BTHE.shape not in (q_BTHE.shape, (*q_BTHE.shape[:3], 1)):
+            raise ValueError(
+                f"an output gate is {tuple(q_BTHE.shape)} or {(*q_BTHE.shape[:3], 1)}, "
+                f"not {tuple(gate_BTHE.shape)}"
+            )
+        gate_BTHE = gate_BTHE.to(q_BTHE.dtype)
     scale = width**-0.5 if scale is None else scale
     name, _ = choose(impl, q_BTHE.device, selection.spec, width)
     if name == "triton" and q_BTHE.dtype == torch.float64:
@@ -119,11 +132,13 @@ def sparse_attention(
             raise ValueError("impl=triton computes in float32 at most: float64 needs eager")
         name = "eager"
     if name == "triton":
-        return _triton(
-            q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass, deterministic
-        )
+        tensors = (q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, gate_BTHE)
+        return _triton(*tensors, scale, need_lse, need_mass, deterministic)
     run = reference.attend if name == "reference" else eager.attend
-    return run(q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass)
+    result = run(q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass)
+    if gate_BTHE is not None:
+        result = replace(result, out_BTHE=result.out_BTHE * gate_BTHE)
+    return result
 
 
 def _triton(
@@ -132,6 +147,7 @@ def _triton(
     v: Tensor,
     selection: Selection,
     bias: Tensor | None,
+    gate: Tensor | None,
     scale: float,
     need_lse: bool,
     need_mass: bool,
@@ -143,17 +159,19 @@ def _triton(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, selection.q_start]
-    out, lse, mass = ops.forward(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        selection.blocks_BHQN.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        None if docs is None else docs.to(torch.int32).contiguous(),
-        sizes,
-        scale,
-        need_mass,
-        deterministic,
+    learn = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, bias, gate)
+    )
+    q, blocks = q.contiguous(), selection.blocks_BHQN.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    docs = None if docs is None else docs.to(torch.int32).contiguous()
+    gate = None if gate is None else gate.contiguous()
+    if q.shape[1] <= FEW_QUERIES and not (learn or need_mass):
+        out, lse = ops.decode(q, k, v, blocks, bias, docs, gate, sizes, scale)
+        return AttentionResult(out, lse.transpose(1, 2) if need_lse else None)
+    k, v = k.contiguous(), v.contiguous()
+    out, lse, mass, _ = ops.forward(
+        q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, learn, deterministic
     )
     return AttentionResult(
         out, lse.transpose(1, 2) if need_lse else None, mass if need_mass else None

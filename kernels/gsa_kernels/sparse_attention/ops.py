@@ -24,26 +24,30 @@ def forward(
     blocks: Tensor,
     bias: Tensor | None,
     docs: Tensor | None,
+    gate: Tensor | None,
     sizes: list[int],
     scale: float,
     need_mass: bool,
+    keep: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty).
 
-    sizes: C, R, window, sinks, q_start. docs: int32. All contiguous.
+    sizes: C, R, window, sinks, q_start. docs: int32. gate: [B, T, H, E or 1], multiplies out.
+    keep: a backward will follow, for which a gate needs the ungated output. All contiguous.
     """
     from . import triton_launch
 
     selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
-    return triton_launch.forward(q, k, v, selection, bias, docs, scale, need_mass)
+    return triton_launch.forward(q, k, v, selection, bias, docs, scale, need_mass, gate, keep)
 
 
 @forward.register_fake
-def _(q, k, v, blocks, bias, docs, sizes, scale, need_mass, deterministic):  # type: ignore[no-untyped-def]
+def _(q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, keep, deterministic):  # type: ignore[no-untyped-def]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     mass = q.new_empty(blocks.shape if need_mass else (0,), dtype=torch.float32)
-    return torch.empty_like(q), lse, mass
+    ungated = torch.empty_like(q) if keep and gate is not None else q.new_empty(0)
+    return torch.empty_like(q), lse, mass, ungated
 
 
 @torch.library.custom_op("gsa::sparse_attention_backward", mutates_args=())
@@ -58,44 +62,77 @@ def backward(
     blocks: Tensor,
     bias: Tensor | None,
     docs: Tensor | None,
+    gate: Tensor | None,
     sizes: list[int],
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dbias); dbias is empty without a bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias, dgate); dbias is empty without a bias, dgate without a gate.
+
+    out is the ungated output, dout the gradient of the gated one.
+    """
     from . import triton_launch
 
     selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
-    dq, dk, dv, dbias = triton_launch.backward(
-        q, k, v, out, lse, dout, dlse, selection, bias, docs, scale, deterministic
+    dq, dk, dv, dbias, dgate = triton_launch.backward(
+        q, k, v, out, lse, dout, dlse, selection, bias, docs, scale, deterministic, gate
     )
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+    dbias = q.new_empty(0) if dbias is None else dbias
+    return dq, dk, dv, dbias, q.new_empty(0) if dgate is None else dgate
 
 
 @backward.register_fake
-def _(q, k, v, out, lse, dout, dlse, blocks, bias, docs, sizes, scale, deterministic):  # type: ignore[no-untyped-def]
-    dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+def _(q, k, v, out, lse, dout, dlse, blocks, bias, docs, gate, sizes, scale, deterministic):  # type: ignore[no-untyped-def]
+    dbias, dgate = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (bias, gate))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dgate
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, blocks, bias, docs, sizes, scale, _, deterministic = inputs
-    out, lse, mass = output
-    ctx.save_for_backward(q, k, v, out, lse, blocks, bias, docs)
+    q, k, v, blocks, bias, docs, gate, sizes, scale, _, keep, deterministic = inputs
+    out, lse, mass, ungated = output
+    assert keep or gate is None, "the backward needs the ungated output"
+    out = out if gate is None else ungated
+    ctx.save_for_backward(q, k, v, out, lse, blocks, bias, docs, gate)
     ctx.sizes, ctx.scale, ctx.deterministic = sizes, scale, deterministic
-    ctx.mark_non_differentiable(mass)
+    ctx.mark_non_differentiable(mass, ungated)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dout, dlse, _dmass):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, blocks, bias, docs = ctx.saved_tensors
+def _gradients(ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, blocks, bias, docs, gate = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, dbias = backward(
-        q, k, v, out, lse, dout, dlse, blocks, bias, docs, ctx.sizes, ctx.scale, ctx.deterministic
-    )
+    rest = (blocks, bias, docs, gate, ctx.sizes, ctx.scale, ctx.deterministic)
+    dq, dk, dv, dbias, dgate = backward(q, k, v, out, lse, dout, dlse, *rest)
     dbias = None if bias is None else dbias
-    return dq, dk, dv, None, dbias, None, None, None, None, None
+    dgate = None if gate is None else dgate
+    return dq, dk, dv, None, dbias, None, dgate, None, None, None, None, None
 
 
 forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@torch.library.custom_op("gsa::sparse_attention_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    docs: Tensor | None,
+    gate: Tensor | None,
+    sizes: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T]) of a few queries; has no backward. k and v may be views
+    of longer buffers."""
+    from . import triton_decode
+
+    selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
+    return triton_decode.decode(q, k, v, selection, bias, docs, gate, scale)
+
+
+@decode.register_fake
+def _(q, k, v, blocks, bias, docs, gate, sizes, scale):  # type: ignore[no-untyped-def]
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return torch.empty_like(q), lse

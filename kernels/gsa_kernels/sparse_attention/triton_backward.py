@@ -3,7 +3,8 @@
 The first walks the keys of a query tile as the forward does. The second is owned by a key block:
 it walks the queries that attend it, those of nearby tiles through their window and the others
 through an inverted list, so that nothing is atomic unless a long list is split over programs. Key
-blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel.
+blocks too small for that (C < 16) get their gradients by atomic additions from the first kernel;
+single keys per query may have them from triton_token.py instead.
 
 Legend: see triton_forward.py.
 """
@@ -11,27 +12,57 @@ Legend: see triton_forward.py.
 import triton
 import triton.language as tl
 
-from .triton_forward import first_local, load_range, logits_of, tile_rows
+from .triton_forward import first_local, load_gate, load_range, logits_of, tile_rows
+from .triton_union import pair_numbers
 
 
 @triton.jit
 def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, T, H, HAS_DLSE: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
-    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP."""
+    out_ptr,  # [B, T, H, E], ungated
+    dout_ptr,  # gradient of the gated output
+    dlse_ptr,
+    gate_ptr,  # [B, T, H, GATE]
+    delta_ptr,
+    inner_ptr,  # gradient of the ungated output
+    dgate_ptr,  # [B, T, H, GATE]
+    T,
+    H,
+    HAS_DLSE: tl.constexpr,
+    GATE: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """delta[b, h, t] = sum_e out dout - dlse: what the softmax backward subtracts from dP.
+
+    With a gate dout is that of the ungated output, written here along with the gate's gradient.
+    """
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    ok = (t < T)[:, None] & (e < E)
-    at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * E + e
-    out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    t_ok = t < T
+    ok = t_ok[:, None] & (e < E)
+    first = (b.to(tl.int64) * T + tl.program_id(0) * BT) * H + h
+    row = tl.arange(0, BT) * H
+    at = row[:, None] * E + e
+    out = tl.load(out_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    if GATE > 0:
+        gate = load_gate(gate_ptr, first, row, t_ok, GATE, BE)
+        dgate = out * dout
+        if GATE == 1:
+            total = tl.sum(dgate, 1).to(dgate_ptr.dtype.element_ty)
+            tl.store(dgate_ptr + first + row, total, mask=t_ok)
+        else:
+            tl.store(dgate_ptr + first * E + at, dgate.to(dgate_ptr.dtype.element_ty), mask=ok)
+        inner = (dout * gate).to(inner_ptr.dtype.element_ty)
+        tl.store(inner_ptr + first * E + at, inner, mask=ok)
+        dout = inner.to(tl.float32)  # delta must be that of the dout which the next kernels read
     delta = tl.sum(out * dout, 1)
     line = (b.to(tl.int64) * H + h) * T + t
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + line, mask=t < T, other=0.0)
-    tl.store(delta_ptr + line, delta, mask=t < T)
+        delta -= tl.load(dlse_ptr + line, mask=t_ok, other=0.0)
+    tl.store(delta_ptr + line, delta, mask=t_ok)
 
 
 @triton.jit
@@ -126,6 +157,7 @@ def dq_kernel(
     n_keys = tl.load(count_ptr + entry) * C
     own = tl.zeros([BM], tl.int32)
     own_line = (b.to(tl.int64) * HS + hs) * T + t
+    pairs = 0
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
         n_ok = n < n_keys
@@ -149,12 +181,20 @@ def dq_kernel(
         keep = n_ok[None, :]
         if HAS_DOCS:
             keep = keep & (key[None, :] >= start[:, None])
-        if UNION:
+        if UNION and C == 1:
+            bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
+            query = position - tile * R
+            keep = keep & (((bits[None, :] >> query[:, None]) & 1) == 1)
+        elif UNION:
             bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
             keep = keep & (bit == 1)[:, None]
         extra = 0.0
         if HAS_BIAS:
-            if UNION:
+            if UNION and C == 1:
+                number, pairs = pair_numbers(pairs, bits, query)
+                extra = tl.load(bias_ptr + entry * OWN + number, mask=keep, other=0.0)
+                extra = extra * 1.4426950408889634
+            elif UNION:
                 chose = row_ok & (bit == 1)
                 extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 extra = extra[:, None] * 1.4426950408889634
@@ -167,10 +207,11 @@ def dq_kernel(
             q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
         )
         if UNION:
-            if HAS_BIAS:
+            if HAS_BIAS and C > 1:
                 at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
                 tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bit == 1))
-            own += bit
+            if C > 1:
+                own += bit
         elif HAS_BIAS:
             into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
             if C >= BN:
@@ -240,9 +281,41 @@ def dq_kernel(
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
 
+    zero = tl.load(count_ptr + entry) >> 31  # see forward_kernel
+    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    row_offset = (b.to(tl.int64) * T + t) * H + head
+    q_ok = row_ok[:, None] & e_ok
     tl.store(
         dq_ptr + row_offset[:, None] * E + e, (dq * scale).to(dq_ptr.dtype.element_ty), mask=q_ok
     )
+
+
+@triton.jit
+def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.constexpr,
+                BE: tl.constexpr):  # fmt: skip
+    """[BM, BE] rows of q and dO."""
+    e = tl.arange(0, BE)
+    ok = row_ok[:, None] & (e < E)
+    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+    return tl.load(q_ptr + at, mask=ok, other=0.0), tl.load(do_ptr + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H: tl.constexpr):
+    """[BM] log2-sum-exp and delta of rows; p of a row that is nobody's is 0."""
+    line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
+    return lse, tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+
+
+@triton.jit
+def add_rows(dk, dv, p, q, do, v, delta):
+    """dk, dv [C, BE] plus what the rows give; p [C, BM]."""
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit
@@ -274,14 +347,8 @@ def dkv_rows(
         q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
         do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
     else:
-        e = tl.arange(0, BE)
-        q_ok = row_ok[:, None] & (e < E)
-        at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
-        q = tl.load(q_ptr + at, mask=q_ok, other=0.0)
-        do = tl.load(do_ptr + at, mask=q_ok, other=0.0)
-    line = (b.to(tl.int64) * H + head) * T + t
-    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
+    lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
     p = tl.exp2(s - lse[None, :])
     if LOCAL:
@@ -290,11 +357,7 @@ def dkv_rows(
     if HAS_DOCS:
         start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
         p = tl.where(key[:, None] >= start[None, :], p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+    return add_rows(dk, dv, p, q, do, v, delta)
 
 
 @triton.jit
@@ -385,7 +448,8 @@ def dkv_kernel(
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
                 H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
             )  # fmt: skip
-        if tl.load(segment + 3) == 0:
+        number = tl.load(segment + 3)
+        if number == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
@@ -401,6 +465,11 @@ def dkv_kernel(
                     scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
                 )  # fmt: skip
         dk *= scale
+        # The addresses anew, from a zero that the compiler cannot know: they need not be kept
+        # over the loops, where registers are few.
+        key = block * C + tl.arange(0, C) + (number >> 31)
+        ok = (key < S)[:, None] & (e < E)
+        at = base + key.to(tl.int64)[:, None] * (K * E) + e
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")

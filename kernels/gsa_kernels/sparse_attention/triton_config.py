@@ -1,4 +1,9 @@
-"""Tile sizes of the Triton kernels, by architecture and shape. Measured, see the notebook."""
+"""Tile sizes of the Triton kernels, by architecture and shape.
+
+Measured, see the notebook; those of single keys per query (C = R = 1) are chosen from registers
+and shared memory alone. To try there: the forward with 5 stages, atomic dq with 32 keys, 4 warps
+and 3 stages, owned_keys with 64 rows and 4 warps (144 B spilled outside the loop), OWNED_TOKENS.
+"""
 
 from dataclasses import dataclass
 
@@ -42,6 +47,8 @@ def forward(
     if united:
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
+        if block == 1:  # gathered key by key
+            return Launch(bm, 32 if big else 64, 8 if big else 4, 2 if big else 3)
         return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
@@ -53,11 +60,23 @@ def forward(
 
 
 def query_gradient(
-    rows: int, block: int, width: int, itemsize: int, device: torch.device, united: bool
+    rows: int,
+    block: int,
+    width: int,
+    itemsize: int,
+    device: torch.device,
+    united: bool,
+    atomic: bool,
 ) -> Launch:
+    """atomic: the kernel also adds up dk and dv."""
     if united:
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
+        if block == 1:
+            if big:
+                return Launch(bm, 32, 8, 1)
+            # dk and dv of fewer than 64 keys would miss the wide products of sm_90.
+            return Launch(bm, 64, 8, 2) if atomic else Launch(bm, 32, 4, 3)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
@@ -87,3 +106,31 @@ def key_gradient(
 
 
 ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program may walk
+
+# Whether dk, dv of single keys per query (C = R = 1) come from programs that own key blocks even
+# where the backward need not be deterministic; else dq's kernel adds them atomically.
+OWNED_TOKENS = False
+
+
+def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:
+    """rows: queries of a step times the G heads of their group; 64 are fewer steps, but spill."""
+    rows = _rows(16 if itemsize > 2 else 32, 16 * group)
+    while rows < group:
+        rows *= 2
+    big = itemsize > 2 or width > 128
+    return Launch(rows, block, 8 if big or biased else 4, 1 if big else 2)
+
+
+def pair_sums(width: int, itemsize: int) -> Launch:
+    """rows: the 16 queries of a group, one head at a time."""
+    return Launch(16, 32 if itemsize > 2 or width > 128 else 64, 8, 1)
+
+
+def decode(rows: int, width: int, itemsize: int) -> Launch:
+    """rows: those of a tile that take part. A program takes one step, its loads all in flight.
+    Not measured: small programs, so that one sequence with four key-value heads and 2048 keys
+    occupies half of a large GPU."""
+    if itemsize > 2 or width > 128:
+        return Launch(_rows(16, rows), 32, 4, 1)
+    bm = _rows(64, rows)
+    return Launch(bm, 128, 4 if bm == 16 else 8, 1)

@@ -7,7 +7,8 @@ tiles of one key-value head run before those of the next: its keys and values th
 
 Where each query chooses alone (UNION; R = 1) a program takes R neighbouring queries, the list is
 the union of their choices, and a bit per query says who chose what. A query's list is ascending
-as the union is, so counting its bits gives its place there.
+as the union is, so counting its bits gives its place there. Unions of single keys (C = 1) are
+gathered BN at a time; they hold each query's sinks too, and triton_token.py has the rest.
 
 Legend: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, E head width,
 Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys per step.
@@ -15,6 +16,8 @@ Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys
 
 import triton
 import triton.language as tl
+
+from .triton_union import pair_numbers
 
 
 @triton.jit
@@ -69,6 +72,19 @@ def accumulate(acc, m, norm, s, v):
 
 
 @triton.jit
+def load_gate(gate_ptr, first, row, row_ok, GATE: tl.constexpr, BE: tl.constexpr):
+    """[rows, GATE or 1] in float32, of rows first + row of [B T H, GATE]: a multiplier per
+    channel, or one per head."""
+    if GATE == 1:
+        gate = tl.load(gate_ptr + first + row, mask=row_ok, other=0.0)[:, None]
+    else:
+        e = tl.arange(0, BE)
+        at = row[:, None] * GATE + e
+        gate = tl.load(gate_ptr + first * GATE + at, mask=row_ok[:, None] & (e < GATE), other=0.0)
+    return gate.to(tl.float32)
+
+
+@triton.jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -77,10 +93,13 @@ def forward_kernel(
     v_desc,
     out_ptr,
     lse_ptr,  # [B, H, T] float32, natural log
+    gate_ptr,  # [B, T, H, GATE], multiplies the output
+    ungated_ptr,  # [B, T, H, E], what the backward needs of it; only where KEEP
     list_ptr,  # [B, HS, Q, N] int32
     bits_ptr,  # [B, HS, Q, N] int32, only where UNION
     count_ptr,  # [B, HS, Q] int32
-    bias_ptr,  # [B, HS, Q, N] float32, natural log; UNION: [B, HS, T, OWN]
+    bias_ptr,  # [B, HS, Q, N] float32, natural log; UNION: [B, HS, T, OWN]; and C = 1:
+    # [B, HS, Q, OWN] by number of the pair
     slot_lse_ptr,  # [B, K, Q, PARTS, N SUB, BM] float32: log2 of a block's sum of exponentials;
     # UNION: [B, H, T, OWN]
     docs_ptr,  # [B, S] int32: first position of each position's document
@@ -109,6 +128,8 @@ def forward_kernel(
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    GATE: tl.constexpr,  # channels of the gate: 0 (none), 1 (per head) or E
+    KEEP: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -149,6 +170,7 @@ def forward_kernel(
     n_keys = tl.load(count_ptr + entry) * C
     own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
     own_line = (b.to(tl.int64) * HS + hs) * T + t
+    pairs = 0
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
         n_ok = n < n_keys
@@ -163,17 +185,25 @@ def forward_kernel(
             row = block * C + low % C
             k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
             v = v_desc.load([b, row, kv_head * E]).reshape([BN, BE])
-        elif BE == E and C % BN == 0:
+        elif BE == E and (C % BN == 0 or UNION):
             k = tl.load(k_base + offset[None, :] + e[:, None])
             v = tl.load(v_base + offset[:, None] + e[None, :])
         else:
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
         s = logits_of(q, k, scale_log2)
-        if UNION:
+        if UNION and C == 1:
+            bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
+            query = position - tile * R
+        elif UNION:
             bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
         if HAS_BIAS:
-            if UNION:
+            if UNION and C == 1:
+                number, pairs = pair_numbers(pairs, bits, query)
+                chose = ((bits[None, :] >> query[:, None]) & 1) == 1
+                bias = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
+                s += bias * 1.4426950408889634
+            elif UNION:
                 chose = row_ok & (bit == 1)
                 bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 s += bias[:, None] * 1.4426950408889634
@@ -184,12 +214,14 @@ def forward_kernel(
                 s += bias[None, :] * 1.4426950408889634
         if HAS_DOCS:
             s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
-        if UNION:
+        if UNION and C == 1:
+            s = tl.where(((bits[None, :] >> query[:, None]) & 1) == 1, s, float("-inf"))
+        elif UNION:
             s = tl.where((bit == 1)[:, None], s, float("-inf"))
         elif C % BN != 0:
             s = tl.where(n_ok[None, :], s, float("-inf"))
         acc, m, norm, p, top = accumulate(acc, m, norm, s, v)
-        if UNION:
+        if UNION and C > 1:
             if HAS_MASS:
                 at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
                 tl.store(at, tl.log2(tl.sum(p, 1)) + top, mask=row_ok & (bit == 1))
@@ -239,13 +271,23 @@ def forward_kernel(
         s = tl.where(keep, s, float("-inf"))
         acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
 
+    # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
+    # would push the accumulator out of the registers.
+    zero = tl.load(count_ptr + entry) >> 31
+    position, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
-    out = acc / safe[:, None]
-    tl.store(
-        out_ptr + row_offset[:, None] * E + e,
-        out.to(out_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & e_ok,
-    )
+    # Rounded before the gate multiplies it, as if the gate were applied afterwards.
+    out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    # Counted from the tile's first row: 64-bit offsets of up to three tensors would spill.
+    first = (b.to(tl.int64) * T + (tile * R - q_start)) * H
+    row = (position - tile * R) * H + head
+    at, ok = row[:, None] * E + e, row_ok[:, None] & e_ok
+    if KEEP:
+        tl.store(ungated_ptr + first * E + at, out, mask=ok)
+    if GATE > 0:
+        gate = load_gate(gate_ptr, first, row, row_ok, GATE, BE)
+        out = (out.to(tl.float32) * gate).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * E + at, out, mask=ok)
     lse = (m + tl.log2(safe)) * 0.6931471805599453
     tl.store(lse_ptr + (b.to(tl.int64) * H + head) * T + t, lse, mask=row_ok)
 

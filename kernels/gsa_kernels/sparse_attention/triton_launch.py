@@ -12,24 +12,23 @@ from . import triton_config as config
 from .inverted import invert
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
-from .union import unite
+from .triton_token import invert_kernel, owned_kernel, pack_kernel, pair_sums_kernel
+from .triton_union import OWNED, UNITED, Unions, unite
 
 LOG2E = 1.4426950408889634
-
-
-UNITED = 16  # queries whose own lists are united, where each query chooses alone (R = 1)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What the kernels walk: lists of query tiles, and their constants.
 
-    With R = 1 the tiles hold UNITED queries, and `bits` say which of them chose a block.
+    With R = 1 the tiles hold UNITED queries, and the bits of their union say which of them chose
+    a block. `single`: the blocks are keys; the sinks are in the lists then.
     """
 
     lists: Tensor  # [B, Hs, tiles, N] int32
     counts: Tensor  # [B, Hs, tiles] int32
-    bits: Tensor | None
+    union: Unions | None
     sinks: Tensor | None  # [B or 1, tiles, 2] int32
     docs: Tensor | None
     first_tile: int
@@ -41,23 +40,38 @@ class _Plan:
         return self.lists.shape[2]
 
     @property
+    def bits(self) -> Tensor | None:
+        return None if self.union is None else self.union.bits_BHUN
+
+    @property
+    def single(self) -> bool:
+        return self.union is not None and self.constants["C"] == 1
+
+    @property
     def sink_stride(self) -> int:
         """Elements from one sequence's sink ranges to the next."""
         return 0 if self.sinks is None or self.sinks.shape[0] == 1 else self.sinks.shape[1] * 2
 
 
-def _plan(selection: Selection, docs: Tensor | None, heads: int, kv_heads: int, e: int) -> _Plan:
+def _plan(
+    selection: Selection,
+    docs: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    e: int,
+    starts: bool = False,
+) -> _Plan:
     spec, blocks = selection.spec, selection.blocks_BHQN
     united = spec.query_tile == 1
     r = UNITED if united else spec.query_tile
     first_tile = selection.q_start // r
-    if united:
-        unions = unite(selection, r)
-        lists, counts, bits = unions.blocks_BHUN, unions.counts_BHU, unions.bits_BHUN
+    union = unite(selection, docs, starts) if united else None
+    if union is not None:
+        lists, counts = union.lists_BHUN, union.counts_BHU
     else:
-        lists, counts, bits = blocks, (blocks >= 0).sum(-1, dtype=torch.int32), None
+        lists, counts = blocks, (blocks >= 0).sum(-1, dtype=torch.int32)
     sinks = None
-    if spec.sinks:
+    if spec.sinks and not (united and spec.key_block == 1):
         layout = selection.layout
         sinks = torch.stack([layout.sink_lo_BQ, layout.sink_hi_BQ], -1).to(torch.int32)
         if united:  # those of a tile's first query; see _no_kernel for why they serve all
@@ -75,7 +89,7 @@ def _plan(selection: Selection, docs: Tensor | None, heads: int, kv_heads: int, 
         WINDOW=spec.window,
     )
     rows = r * (heads // kv_heads)
-    return _Plan(lists, counts, bits, sinks, docs, first_tile, rows, constants)
+    return _Plan(lists, counts, union, sinks, docs, first_tile, rows, constants)
 
 
 def _tma(launch: config.Launch, q: Tensor) -> bool:
@@ -103,41 +117,51 @@ def forward(
     docs: Tensor | None,
     scale: float,
     need_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty); inputs contiguous."""
+    gate: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
+    contiguous. keep: write the ungated output too, which the backward needs."""
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     blocks = selection.blocks_BHQN
     own = blocks.shape[3]
     plan = _plan(selection, docs, heads, kv_heads, width)
     c, slots = plan.constants["C"], plan.lists.shape[3]
-    united = plan.bits is not None
+    united = plan.union is not None
+    packed = _packed(plan, selection, bias) if plan.single else bias
     launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
     sub, parts = max(1, c // launch.keys), triton.cdiv(plan.rows, launch.rows)
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
-    slot_lse = lse
-    if need_mass:
+    keep = keep and gate is not None
+    ungated = torch.empty_like(q) if keep else q.new_empty(0)
+    slot_lse, slot_mass = lse, need_mass and not plan.single
+    if slot_mass:
         shape = (batch, kv_heads, plan.tiles, parts, slots * sub, launch.rows)
         slot_lse = torch.empty(
             (batch, heads, queries, own) if united else shape, device=q.device, dtype=torch.float32
         )
     tma = _tma(launch, q) and c % launch.keys == 0
     forward_kernel[(plan.tiles * parts, batch * kv_heads)](
-        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse,
-        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(bias, lse), slot_lse,
+        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
+        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
-        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots, own,
+        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
+        _pairs(selection) if plan.single else own,
         plan.sink_stride, scale * LOG2E,
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        HAS_MASS=need_mass, TMA=tma, STAGES=launch.stages,
+        HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
+        TMA=tma, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
-    if need_mass:
+    if need_mass and plan.single:
+        _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
+    elif need_mass:
         bn = min(32, triton.next_power_of_2(own))
         groups, columns = batch * blocks.shape[1], triton.cdiv(own, bn)
         if united:
@@ -152,7 +176,7 @@ def forward(
                 plan.tiles, slots, H=heads, K=kv_heads, HS=blocks.shape[1],
                 R=plan.constants["R"], SUB=sub, BM=launch.rows, BN=bn,
             )  # fmt: skip
-    return out, lse, mass
+    return out, lse, mass, ungated
 
 
 def backward(
@@ -168,43 +192,60 @@ def backward(
     docs: Tensor | None,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dbias) in the dtypes of q, k, v and bias; inputs contiguous."""
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dq, dk, dv, dbias, dgate) in the dtypes of q, k, v, bias and gate; inputs contiguous.
+
+    out is the ungated output, dout the gradient of the gated one.
+    """
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     group = heads // kv_heads
     blocks, spec = selection.blocks_BHQN, selection.spec
     own, c = blocks.shape[3], spec.key_block
-    plan = _plan(selection, docs, heads, kv_heads, width)
-    united, slots = plan.bits is not None, plan.lists.shape[3]
+    # Single keys get their gradients from programs that own key blocks, or from dq's kernel.
+    starts = c == spec.query_tile == 1 and (deterministic or config.OWNED_TOKENS)
+    plan = _plan(selection, docs, heads, kv_heads, width, starts)
+    united, slots = plan.union is not None, plan.lists.shape[3]
+    packed = _packed(plan, selection, bias) if plan.single else bias
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(queries, 64), batch * heads)](
-        out, dout, _or(dlse, lse), delta, queries, heads,
-        HAS_DLSE=dlse is not None, E=width, BE=plan.constants["BE"], BT=64,
+    inner, dgate = dout, None
+    if gate is not None:
+        inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
+    # More rows of three tensors would not fit the registers.
+    bt = 64 if gate is None else min(64, 4096 // plan.constants["BE"])
+    delta_kernel[(triton.cdiv(queries, bt), batch * heads)](
+        out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
+        HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
+        E=width, BE=plan.constants["BE"], BT=bt,
     )  # fmt: skip
-    owned = c >= 16  # key blocks large enough for a program of their own
+    dout = inner
+    owned = c >= 16 or starts  # key blocks large enough for a program of their own
     if not owned and deterministic:
         raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
-    single = owned and deterministic
-    if single:
+    whole = owned and (deterministic or plan.single)  # one program adds up all of a block
+    if whole:
         dk, dv = torch.empty_like(k), torch.empty_like(v)
     else:
         dk, dv = (torch.zeros(k.shape, device=k.device, dtype=torch.float32) for _ in range(2))
     dq = torch.empty_like(q)
-    launch = config.query_gradient(plan.rows, c, width, q.element_size(), q.device, united)
+    launch = config.query_gradient(
+        plan.rows, c, width, q.element_size(), q.device, united, not owned
+    )
     parts = triton.cdiv(plan.rows, launch.rows)
     tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
-    if bias is not None:
+    if bias is not None and not plan.single:
         shape = (batch, heads, queries, own) if united else (
             batch, kv_heads, plan.tiles, parts, own
         )  # fmt: skip
         dbias = torch.zeros(shape, device=q.device, dtype=torch.float32)
     dq_kernel[(plan.tiles * parts, batch * kv_heads)](
         q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
-        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(bias, lse), dbias,
+        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), dbias,
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
-        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots, own,
+        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
+        _pairs(selection) if plan.single else own,
         plan.sink_stride, scale, scale * LOG2E,
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
@@ -212,13 +253,15 @@ def backward(
         ATOMIC=not owned, TMA=tma, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
-    if owned:
+    if owned and plan.single:
+        _owned_keys(plan, selection, q, k, v, dout, lse, delta, dk, dv, packed, scale)
+    elif owned:
         r = spec.query_tile
         launch = config.key_gradient(r, group, c, width, q.element_size(), q.device)
         tma = _tma(launch, q)
         tiles = blocks.shape[2]
         entries = tiles * (own + selection.sink_slots)
-        longest = max(1, entries if single else config.ROWS_PER_SEGMENT // (r * group))
+        longest = max(1, entries if whole else config.ROWS_PER_SEGMENT // (r * group))
         lists = invert(selection, longest)
         dkv_kernel[(lists.segments_BHG4.shape[2], batch * kv_heads)](
             q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
@@ -228,17 +271,122 @@ def backward(
             scale, scale * LOG2E,
             **(plan.constants | {"R": r}),
             BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-            MANY=not single, TMA=tma, STAGES=launch.stages,
+            MANY=not whole, TMA=tma, STAGES=launch.stages,
             num_warps=launch.warps,
         )  # fmt: skip
     if bias is None:
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
-    if united:
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, dgate
+    if plan.single:
+        dbias = torch.empty(bias.shape, device=q.device, dtype=torch.float32)
+        _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
+    elif united:
         dbias = dbias.unflatten(1, (blocks.shape[1], -1)).sum(2)
     else:
         dbias = dbias.sum(3)
         dbias = dbias.sum(1, keepdim=True) if blocks.shape[1] == 1 else dbias
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), dgate
+
+
+def _pairs(selection: Selection) -> int:
+    """Most (query, key) pairs of a union of single keys, sinks included."""
+    return UNITED * (selection.blocks_BHQN.shape[3] + selection.spec.sinks)
+
+
+def _token_constants(plan: _Plan, selection: Selection) -> dict[str, int]:
+    spec = selection.spec
+    return dict(
+        HS=plan.constants["HS"],
+        WINDOW=spec.window,
+        SINKS=spec.sinks,
+        HAS_DOCS=plan.docs is not None,
+    )
+
+
+def _packed(plan: _Plan, selection: Selection, bias: Tensor | None) -> Tensor | None:
+    """The bias of single keys by number of the pair: [B, Hs, groups, pairs]."""
+    if bias is None:
+        return None
+    batch, heads, queries, own = bias.shape
+    pairs = _pairs(selection)
+    packed = torch.empty(
+        batch, heads, plan.tiles, max(1, pairs), device=bias.device, dtype=torch.float32
+    )
+    pack_kernel[(plan.tiles, batch * heads)](
+        bias, packed, plan.bits, plan.counts, _or(plan.docs, plan.counts),
+        queries, selection.n_keys, own, plan.lists.shape[3], pairs, selection.q_start,
+        **_token_constants(plan, selection), BN=64,
+    )  # fmt: skip
+    return packed
+
+
+def _pair_sums(
+    sums: Tensor,
+    plan: _Plan,
+    selection: Selection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    packed: Tensor | None,
+    scale: float,
+    gradient: bool,
+) -> None:
+    """Into sums [B, Hs, T, N] float32: mass of single keys, or the gradient of their bias."""
+    blocks = selection.blocks_BHQN
+    batch, groups, queries, own = blocks.shape
+    heads, width = plan.constants["H"], plan.constants["E"]
+    launch = config.pair_sums(width, q.element_size())
+    sums.zero_()  # the slots that are not used
+    pair_sums_kernel[(plan.tiles, batch * groups)](
+        q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
+        _or(packed, lse), _or(plan.docs, plan.lists),
+        queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
+        selection.q_start, 1.0 if gradient else groups / heads, scale * LOG2E,
+        H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
+        **_token_constants(plan, selection),
+        BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,
+        num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def _owned_keys(
+    plan: _Plan,
+    selection: Selection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    packed: Tensor | None,
+    scale: float,
+) -> None:
+    """dk, dv of single keys, by programs that each own OWNED of them."""
+    assert plan.union is not None and plan.union.starts_BHUJ2 is not None
+    starts, counts = plan.union.starts_BHUJ2, plan.counts
+    batch, groups, tiles, owned = starts.shape[:4]
+    entries = torch.empty(batch, groups, owned, tiles, device=q.device, dtype=torch.int32)
+    used = torch.empty(batch, groups, owned, device=q.device, dtype=torch.int32)
+    invert_kernel[(owned, batch * groups)](
+        starts, counts, entries, used, tiles, selection.n_keys, selection.q_start,
+        OWNED=OWNED, BS=min(1024, max(16, triton.next_power_of_2(tiles))),
+    )  # fmt: skip
+    c, biased = plan.constants, packed is not None
+    launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size(), biased)
+    owned_kernel[(owned, batch * c["K"])](
+        q, k, v, dout, lse, delta, dk, dv, plan.lists, _or(plan.bits, plan.lists), counts,
+        starts, entries, used, _or(packed, lse), _or(plan.docs, plan.lists),
+        q.shape[1], k.shape[1], plan.lists.shape[3], _pairs(selection), tiles,
+        selection.q_start, scale, scale * LOG2E,
+        H=c["H"], K=c["K"], E=c["E"], BE=c["BE"], HS=c["HS"], WINDOW=selection.spec.window,
+        OWNED=OWNED, BM=launch.rows, HAS_DOCS=plan.docs is not None,
+        HAS_BIAS=biased, STAGES=launch.stages,
+        num_warps=launch.warps,
+    )  # fmt: skip
 
 
 def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:

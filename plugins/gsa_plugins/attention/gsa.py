@@ -41,15 +41,18 @@ class GatedSparseAttention(SelectedAttention):
         seq: Sequence,
         bias: Tensor | None = None,
         need_mass: bool = False,
+        gate: Tensor | None = None,
     ) -> AttentionOutput:
         if selection is None:
-            return AttentionOutput(dense_attention(q_BTHE, k_BSKE, v_BSKE, seq))
+            out = dense_attention(q_BTHE, k_BSKE, v_BSKE, seq)
+            return AttentionOutput(out if gate is None else out * gate.to(out.dtype))
         result = sparse_attention(
             q_BTHE,
             k_BSKE,
             v_BSKE,
             selection,
             bias_BHQN=bias,
+            gate_BTHE=gate,
             need_mass=need_mass,
             impl=self.impl,
         )

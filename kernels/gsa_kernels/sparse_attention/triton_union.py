@@ -1,0 +1,202 @@
+"""Unions of neighbouring queries' lists, so that a tensor core has rows enough to work on.
+
+A group of 16 queries marks its choices in a bit map with 16 bits per key block; one sweep of the
+map then writes the blocks that anybody chose, in order, with the bits that say who did. The map is
+made for some groups at a time: scratch is bounded, sizes are static, the host never waits.
+
+Legend: see triton_forward.py; U slots of a union. Lists and bits hold at most 16 entries for each
+16 slots of the selection, which is O(T k). A sweep reads S / C x 2 bytes per group.
+
+The pairs (query, key) of a group are numbered in the order of its union, and of the queries within
+one key: a pair's number is the set bits of all earlier entries plus those of lower queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gsa_kernels.selection import Selection
+
+UNITED = 16  # queries of a group: their bits are half a word of the map
+OWNED = 64  # keys of the blocks that `blocks_BHUJ2` counts in, see triton_token.py
+_SCRATCH = 1 << 29  # bytes of map
+_SWEPT = 1024  # blocks swept at a time, a multiple of OWNED
+
+
+@dataclass(frozen=True)
+class Unions:
+    """lists_BHUN: ascending key blocks that any of a group's queries chose, undefined past
+    counts_BHU. bits_BHUN: bit r is set where query r of the group chose the block.
+
+    For single keys (C = 1) the sinks of each query count as chosen by it. starts_BHUJ2, where it
+    was asked for, holds for every OWNED keys up to the group's last query how many entries of the
+    union and how many set bits lie before them. All int32.
+    """
+
+    lists_BHUN: Tensor
+    bits_BHUN: Tensor
+    counts_BHU: Tensor
+    starts_BHUJ2: Tensor | None
+
+
+@triton.jit
+def ones(x):
+    """Set bits of the low 16 bits of x."""
+    x = x - ((x >> 1) & 0x5555)
+    x = (x & 0x3333) + ((x >> 2) & 0x3333)
+    x = (x + (x >> 4)) & 0x0F0F
+    return (x + (x >> 8)) & 0x1F
+
+
+@triton.jit
+def pair_number(before, bits, query):
+    """Number of the pair (query, key): `before` it lie the pairs of lower keys. Broadcasts."""
+    return before + ones(bits & ((1 << query) - 1))
+
+
+@triton.jit
+def pair_numbers(before, bits, query):
+    """[rows, keys] numbers of a step's pairs, and `before` for the next step."""
+    each = ones(bits)
+    first = before + tl.cumsum(each, 0) - each
+    return pair_number(first[None, :], bits[None, :], query[:, None]), before + tl.sum(each, 0)
+
+
+@triton.jit
+def sink_range(docs_ptr, b, position, ok, S, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+               HAS_DOCS: tl.constexpr):  # fmt: skip
+    """[first, end) of the sinks of single queries that lie before their local windows (C = 1)."""
+    first = position * 0
+    if HAS_DOCS:
+        first = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=ok, other=0)
+    end = tl.minimum(first + SINKS, tl.maximum(position - WINDOW + 1, 0))
+    return first, tl.maximum(end, first)
+
+
+@triton.jit
+def mark_kernel(
+    blocks_ptr,  # [B, HS, T, N] int32
+    map_ptr,  # [groups of this launch, WORDS] int32: 16 bits per block, two blocks a word
+    docs_ptr,
+    first,  # of all groups of all sequences and heads
+    n_groups,  # of one sequence and head
+    T,
+    S,
+    N,
+    WORDS,
+    q_start,
+    HS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,  # keys; 0: marks none
+    MOST: tl.constexpr,  # SINKS rounded up to a power of two
+    HAS_DOCS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    flat = first + tl.program_id(0)
+    line, group = flat // n_groups, flat % n_groups
+    row = tl.arange(0, 16)
+    position = q_start // 16 * 16 + group * 16 + row
+    t = position - q_start
+    ok = (t >= 0) & (t < T)
+    into = map_ptr + tl.program_id(0).to(tl.int64) * WORDS
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    at = (line.to(tl.int64) * T + t) * N
+    there = ok[:, None] & (n < N)[None, :]
+    block = tl.load(blocks_ptr + at[:, None] + n[None, :], mask=there, other=-1)
+    bit = tl.full([16, BN], 1, tl.int32) << (block % 2 * 16 + row[:, None])
+    tl.atomic_or(into + block // 2, bit, mask=block >= 0, sem="relaxed")
+    if SINKS > 0:
+        if tl.program_id(1) == 0:
+            low, end = sink_range(docs_ptr, line // HS, position, ok, S, WINDOW, SINKS, HAS_DOCS)
+            sink = low[:, None] + tl.arange(0, MOST)[None, :]
+            mark = tl.full([16, MOST], 1, tl.int32) << (sink % 2 * 16 + row[:, None])
+            is_sink = ok[:, None] & (sink < end[:, None])
+            tl.atomic_or(into + sink // 2, mark, mask=is_sink, sem="relaxed")
+
+
+@triton.jit
+def sweep_kernel(
+    map_ptr,  # [groups of this launch, 2 WORDS] int16
+    list_ptr,  # [groups, U] int32
+    bits_ptr,
+    count_ptr,  # [groups] int32
+    start_ptr,  # [groups, J, 2] int32, where STARTS
+    first,
+    n_groups,
+    n_blocks,
+    WORDS,
+    U,
+    J,
+    q_start,
+    C: tl.constexpr,
+    OWNED: tl.constexpr,
+    STARTS: tl.constexpr,
+    BS: tl.constexpr,
+):
+    flat = first + tl.program_id(0)
+    last = q_start // 16 * 16 + flat % n_groups * 16 + 15
+    limit = tl.minimum(n_blocks, last // C + 1)
+    read = map_ptr + tl.program_id(0).to(tl.int64) * WORDS * 2
+    into = flat.to(tl.int64) * U
+    count = 0
+    chosen = 0
+    for low in range(0, limit, BS):
+        block = low + tl.arange(0, BS)
+        bits = tl.load(read + block, mask=block < limit, other=0).to(tl.int32) & 0xFFFF
+        hit = (bits != 0).to(tl.int32)
+        place = count + tl.cumsum(hit, 0) - hit
+        tl.store(list_ptr + into + place, block, mask=hit != 0)
+        tl.store(bits_ptr + into + place, bits, mask=hit != 0)
+        if STARTS:
+            each = ones(bits)
+            before = chosen + tl.cumsum(each, 0) - each
+            at = start_ptr + (flat.to(tl.int64) * J + block // OWNED) * 2
+            edge = (block % OWNED == 0) & (block < limit)
+            tl.store(at, place, mask=edge)
+            tl.store(at + 1, before, mask=edge)
+            chosen += tl.sum(each, 0)
+        count += tl.sum(hit, 0)
+    tl.store(count_ptr + flat, count)
+
+
+def unite(selection: Selection, docs: Tensor | None, starts: bool) -> Unions:
+    """Unions over groups of UNITED positions of a selection with R = 1; docs: int32."""
+    spec, blocks = selection.spec, selection.blocks_BHQN
+    assert not starts or spec.key_block == 1
+    batch, heads, queries, slots = blocks.shape
+    n_groups = triton.cdiv(selection.q_start % UNITED + queries, UNITED)
+    sinks = spec.sinks if spec.key_block == 1 else 0
+    n_blocks = triton.cdiv(selection.n_keys, spec.key_block)
+    width = min(UNITED * (slots + sinks), n_blocks)
+
+    def table(*shape: int) -> Tensor:
+        size = (batch, heads, n_groups, *shape)
+        return torch.empty(size, dtype=torch.int32, device=blocks.device)
+
+    lists, bits, counts = table(width), table(width), table()
+    owned = triton.cdiv(n_blocks, OWNED)
+    edges = table(owned, 2) if starts else None
+    words = triton.cdiv(n_blocks, 2)
+    groups = batch * heads * n_groups
+    at_once = min(groups, max(1, _SCRATCH // (words * 4)))
+    marks = torch.empty(at_once, words, dtype=torch.int32, device=blocks.device)
+    bn = max(16, min(128, triton.next_power_of_2(slots)))
+    for first in range(0, groups, at_once):
+        size = min(at_once, groups - first)
+        marks.zero_()
+        mark_kernel[(size, max(1, triton.cdiv(slots, bn)))](
+            blocks, marks, counts if docs is None else docs,
+            first, n_groups, queries, selection.n_keys, slots, words, selection.q_start,
+            HS=heads, WINDOW=spec.window, SINKS=sinks, MOST=triton.next_power_of_2(max(1, sinks)),
+            HAS_DOCS=docs is not None, BN=bn,
+        )  # fmt: skip
+        sweep_kernel[(size,)](
+            marks.view(torch.int16), lists, bits, counts, counts if edges is None else edges,
+            first, n_groups, n_blocks, words, width, owned, selection.q_start,
+            C=spec.key_block, OWNED=OWNED, STARTS=starts,
+            BS=min(_SWEPT, triton.next_power_of_2(max(OWNED, n_blocks))),
+        )  # fmt: skip
+    return Unions(lists, bits, counts, edges)
