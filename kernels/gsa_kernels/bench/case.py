@@ -135,10 +135,15 @@ class Case:
     def attend(self, selection: Selection, learn: bool = False) -> tuple[Tensor, Tensor | None]:
         """(gated output, KL on the selected keys if `learn`)."""
         result = sparse_attention(
-            self.q, self.k, self.gated_values, selection, need_mass=learn, impl=self.impl
+            self.q,
+            self.k,
+            self.gated_values,
+            selection,
+            gate_BTHE=self.output_gate,
+            need_mass=learn,
+            impl=self.impl,
         )
         out = result.out_BTHE
-        out = out if self.output_gate is None else out * self.output_gate
         if not learn:
             return out, None
         assert result.mass_BHQN is not None
