@@ -37,9 +37,13 @@ class HierarchicalFactors(IndexFactors):
         if self.survivors < 1:
             raise ValueError(f"survivors must be at least 1, got {self.survivors}")
 
+    def check(self, block: int) -> None:
+        """ValueError where pooling blocks do not hold whole key blocks."""
+        check_pool(self.pool, self.pooling, block)
+
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
         """(what is scored exactly, documents, keys pooled up to each position)."""
-        check_pool(self.pool, self.pooling, block)
+        self.check(block)
         running = running_pool(self.k_BSI, self.pool, self.pooling, doc_start_BS)
         return (*super().prepare(block, doc_start_BS), running)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.dispatch import resolve, triton_reason
-from gsa_kernels.index_score.api import BlockScores, IndexFactors
+from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 from gsa_kernels.topk import comparable
 
@@ -115,6 +115,8 @@ def _rows(
         layout = tile_layout(spec, n_queries, n_keys, factors.q_start, doc_start_BS, device)
     if fused:
         assert isinstance(factors, IndexFactors)
+        if isinstance(factors, HierarchicalFactors):
+            return kernels.CoarseRows(factors, spec, layout, doc_start_BS)
         return kernels.FactorRows(factors, spec, layout, doc_start_BS)
     assert layout is not None
     rows = kernels.KernelRows if name == "triton" else eager.EagerRows
