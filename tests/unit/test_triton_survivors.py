@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import make_factors
+from kernel_cases import granularity_id, make_factors
 from test_triton_select import (
     DEVICE,
     DTYPES,
@@ -86,8 +86,25 @@ def test_enough_survivors_choose_as_the_exact_scores_do(dtype, documents):
     assert_same_choice(got.selection, expected, factors, docs)
 
 
+@documents
+@pytest.mark.parametrize("granularity", [(1, 1), (4, 16)], ids=granularity_id)
+def test_bounds_and_what_they_prove(granularity, documents):
+    factors, docs = low(make_factors(45, heads=2)), docs_of(45, documents)
+    spec = SelectionSpec(*granularity, window=7, sinks=3, heads=2)
+    bound = coarse(factors, pool=4 * granularity[0], survivors=3, pooling="bound")
+    got, eager = (
+        select(bound, spec, 18, 18, 45, docs, impl=impl, prove=True)
+        for impl in ("triton", "eager")
+    )
+    assert torch.equal(got.selection.blocks_BHQN, eager.selection.blocks_BHQN)
+    assert torch.equal(got.proven_BHQ, eager.proven_BHQ)
+    wide = low(make_factors(45, width=65))
+    with pytest.raises(ValueError, match="bounds of up to 64"):
+        select(coarse(wide, pool=4, pooling="bound"), spec, 18, 18, 45, impl="triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "bound"])
 @documents
 def test_keys_pooled_up_to_each_position(dtype, pooling, documents):
     from gsa_kernels.index_score import survivor_ops

@@ -47,8 +47,8 @@ def _survivor_scores(
 
     q, k, weight, bias, docs and single as in ops.block_scores. lists [B, H, rows, P] int32:
     pooling blocks of `ratio` blocks each, ascending, -1 last. sizes: C, R, window, sinks, q_start,
-    ratio. Entry n is block n % ratio of pooling block lists[n // ratio]; -inf if it is no candidate.
-    All contiguous, rows and P above 0.
+    ratio. Entry n is block n % ratio of pooling block lists[n // ratio], -inf if no candidate. All
+    contiguous, rows and P above 0.
     """
     from . import survivor_launch
 

@@ -1,7 +1,7 @@
 """Selection by the Triton kernels: pooled keys, scores of some tiles, their best blocks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from gsa_kernels.index_score import ops as score_ops
 from gsa_kernels.index_score import survivor_ops
 from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors, Scored
+from gsa_kernels.index_score.pooled import both_signs
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
 from . import ops
@@ -42,6 +43,8 @@ def no_kernel(factors: BlockScores, spec: SelectionSpec, width: int) -> str:
 
 
 def _not_coarse(factors: HierarchicalFactors) -> str:
+    if factors.bounded and 2 * factors.q_BTJI.shape[3] > WIDEST:
+        return f"the kernels take bounds of up to {WIDEST // 2} index channels"
     if factors.q_BTJI.shape[2] > MOST_HEADS * factors.heads:
         return f"the kernels take up to {MOST_HEADS} index heads per selection, coarse to fine"
     return ""
@@ -178,12 +181,14 @@ class CoarseRows(FactorRows):
             self.keys = self._scored_keys(single)
             k = factors.k_BSI.contiguous()
             self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling)
+            factors.check_weights()
+            self.q_coarse = both_signs(self.q) if factors.bounded else self.q
             self.pooled = self.running[:, pool - 1 :: pool, None].contiguous()
         first = self.first_tile + tiles.start
         columns = -(-n_blocks // self.ratio)
         shared = (float(factors.scale), factors.activation == "sigmoid")
         coarse = score_ops.block_scores(
-            self.q,
+            self.q_coarse,
             self.pooled,
             self.weight,
             self.bias,
@@ -212,9 +217,11 @@ class CoarseRows(FactorRows):
             *shared,
             single,
         )
-        # Without statistics nobody asks who is allowed.
-        allowed = scores if self.tile_layout is None else scores != -torch.inf
-        return _Held(scores, allowed, buffer=scores, survivors=best)
+        held = _Held(scores, scores, buffer=scores, survivors=best)
+        if self.tile_layout is None:  # no statistics: nobody asks who is allowed
+            return held
+        unseen = factors.unseen(coarse[..., :columns], self.tile_layout, tiles)
+        return replace(held, allowed=scores != -torch.inf, unseen=unseen)
 
     def choose(
         self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
