@@ -80,8 +80,9 @@ def _bound(indexer: Any) -> Iterator[str]:
     """Bounds prune for exact scores inside what is left, of weights that are never negative."""
     if "survivors" not in indexer:
         yield (
-            f"indexer.pooling=bound bounds the scores of single blocks, and indexer={indexer.name} "
-            "has none. Type indexer=hierarchical, or indexer.pooling=mean."
+            "indexer.pooling=bound bounds the scores of single blocks, and "
+            f"indexer={indexer.name} has none. "
+            "Type indexer=hierarchical, or indexer.pooling=mean."
         )
     elif indexer.activation != "sigmoid":
         yield (

@@ -21,6 +21,7 @@ from test_triton_select import (
     whole_numbers,
 )
 
+from gsa_kernels.bench.verify import recall
 from gsa_kernels.index_score.api import HierarchicalFactors, IndexFactors
 from gsa_kernels.index_score.pooled import running_pool
 from gsa_kernels.select.api import STATISTICS, select
@@ -211,6 +212,49 @@ def test_operators_are_registered_truthfully():
     scores = survivor_ops.survivor_scores(*args)
     args = (scores, 4, None, 3, 3, None, [], 0, lists, 2)
     opcheck(select_ops.top_blocks_operator, args, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("granularity", [(64, 64), (64, 1), (1, 1), (1, 16)], ids=granularity_id)
+@pytest.mark.parametrize("pooling", ["mean", "bound"])
+def test_captured_in_a_cuda_graph(granularity, pooling):
+    factors = low(make_factors(6000, width=64), torch.bfloat16)
+    factors = coarse(factors, pool=128, survivors=12, pooling=pooling)
+    spec = SelectionSpec(*granularity, window=128, sinks=64)
+
+    def step():
+        return select(factors, spec, 1024, 1024, 6000, impl="triton").selection.blocks_BHQN
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    factors.q_BTJI.normal_()
+    graph.replay()
+    assert torch.equal(captured, step())
+    expected = select(factors, spec, 1024, 1024, 6000, impl="eager").selection
+    # Sums in another order move a few scores, and pooled keys, over a step of what is compared.
+    assert recall(captured, expected.blocks_BHQN) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("granularity", [(64, 64), (1, 1)], ids=granularity_id)
+def test_one_new_query_of_a_long_cache(granularity):
+    factors = low(make_factors(70_000, batch=2, width=64), torch.bfloat16)
+    factors = coarse(factors, pool=256, survivors=32)
+    spec = SelectionSpec(*granularity, window=128, sinks=64)
+    last = replace(factors.rows(torch.tensor([69_952], device=DEVICE)), q_start=69_952)
+    last = replace(last, k_BSI=factors.k_BSI[:, :69_953])
+    got, expected = (
+        select(last, spec, 2048, 2048, 1, impl=impl).selection.blocks_BHQN
+        for impl in ("triton", "eager")
+    )
+    assert recall(got, expected) > 0.99
 
 
 def test_one_compiled_graph():

@@ -52,7 +52,7 @@ def running_kernel(
         if MEAN:
             held = tl.where(new, k, held + k)
             count = tl.where(new, 1.0, count + 1.0)
-            pooled = held / count
+            pooled = tl.div_rn(held, count)
         else:
             held = tl.where(new, k, tl.maximum(held, k, propagate_nan=tl.PropagateNan.ALL))
             pooled = held

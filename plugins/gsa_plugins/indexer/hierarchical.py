@@ -44,7 +44,8 @@ class HierarchicalIndexer(LightningIndexer):
         coarse = indexer_scoring_flops(
             self.q_proj.in_features, self.heads, self.dim, context // spec.query_tile, self.pool
         )
-        coarse *= 2 if self.pooling == BOUND else 1
+        if self.pooling == BOUND:  # products of twice the width
+            coarse += self.heads * self.dim * (context // spec.query_tile) // self.pool
         block = spec.key_block if self.block_score == "mean" else 1
         fine = min(self.survivors * self.pool, context) // block
         return coarse + 2 * self.heads * self.dim * fine // spec.query_tile
