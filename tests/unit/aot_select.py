@@ -54,7 +54,7 @@ def main() -> None:
     factors = kind(
         torch.empty(1, t, heads, width, dtype=dtypes[0]),
         torch.empty(1, t, width, dtype=dtypes[-1]),
-        torch.empty(1, t, heads, dtype=dtypes[0]),
+        torch.ones(1, t, heads, dtype=dtypes[0]),
         torch.zeros(heads),
         width**-0.5,
         block_score=block_score,
