@@ -77,11 +77,10 @@ def test_the_choice_is_that_of_the_definition(case, documents):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@documents
-def test_enough_survivors_choose_as_the_exact_scores_do(dtype, documents):
+def test_enough_survivors_choose_as_the_exact_scores_do(dtype):
     """Every block is scored once, as well as by the kernel that scores them all."""
     factors = low(make_factors(50), dtype)
-    spec, docs = SelectionSpec(2, 1, window=7, sinks=3), docs_of(50, documents)
+    spec, docs = SelectionSpec(2, 1, window=7, sinks=3), docs_of(50, True)
     got = select(coarse(factors, pool=8, survivors=100), spec, 30, 30, 50, docs, impl="triton")
     expected = select(exact(factors), spec, 30, 30, 50, docs, impl="eager").selection
     assert_same_choice(got.selection, expected, factors, docs)
@@ -121,11 +120,10 @@ def test_keys_pooled_up_to_each_position(dtype, pooling, documents):
     assert torch.equal(first, got[:, :31])
 
 
-@documents
 @pytest.mark.parametrize("case", [CASES[3], CASES[4]], ids=str)
-def test_in_pieces(case, documents):
+def test_in_pieces(case):
     factors, spec, k, length = case_of(case)
-    docs = docs_of(length, documents)
+    docs = docs_of(length, True)
     whole = select(factors, spec, k, k, length, docs, impl="triton").selection
     cut, tail = length - 19, None
     for start, stop in ((0, cut), (cut, cut + 1), (cut + 1, length)):
@@ -140,6 +138,16 @@ def test_in_pieces(case, documents):
         expected = whole.to_dense_mask()[:, :, start:stop, :stop]
         assert torch.equal(part.to_dense_mask(), expected)
         tail = part.tail()
+
+
+def test_equal_scores_choose_the_first():
+    factors, spec, k, length = case_of(CASES[3])
+    equal = replace(factors, q_BTJI=factors.q_BTJI * 0)
+    got, expected = (
+        select(equal, spec, k, k, length, docs_of(length, True), impl=impl).selection.blocks_BHQN
+        for impl in ("triton", "eager")
+    )
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("part", ["split", "whole lists", "chunks of rows"])
