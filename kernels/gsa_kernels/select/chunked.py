@@ -64,7 +64,7 @@ def run(
     if not whole:
         for name, parts in found.items():
             parts.append(torch.zeros(*lists, tile, *TAIL.get(name, ()), device=device))
-    proofs = [torch.zeros(*lists, tile, dtype=torch.bool, device=device)]
+    proofs = [torch.zeros(*lists, tile, dtype=torch.bool, device=device)] if prove else []
     while tile < tiles:
         stop = min(tiles, rows.stop(tile))
         part = slice(tile, stop)
