@@ -45,6 +45,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, and those of the kernels, compiled for it."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", "-m", "gpu or kernel", *session.posargs)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """compute-sanitizer on a handful of kernel tests; needs a GPU and the CUDA toolkit."""
     install(session, "-e", ".[dev]")

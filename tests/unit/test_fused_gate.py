@@ -12,6 +12,8 @@ from gsa_kernels.sparse_attention.api import sparse_attention
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernel
+
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dgate")
 channels = pytest.mark.parametrize("per_head", [True, False], ids=["headwise", "elementwise"])
 

@@ -12,6 +12,8 @@ from test_sparse_attention import inputs, run
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (C, R): lists of blocks owned by a program, of single keys, R not a power of two.
 GRANULARITIES = [(16, 16), (32, 48), (64, 64), (4, 16), (1, 32)]
@@ -235,7 +237,8 @@ def test_operators_are_registered_truthfully(granularity):
     docs = selection.doc_start_BS.to(torch.int32)
     spec = selection.spec
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
-    args = (q, k, v, selection.blocks_BHQN, bias, docs, None, sizes, 0.25, True, True, False)
+    blocks = selection.blocks_BHQN.contiguous()
+    args = (q, k, v, blocks, bias, docs, None, sizes, 0.25, True, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.forward, args, test_utils=checks)
 

@@ -14,6 +14,8 @@ from gsa_kernels.sparse_attention.api import sparse_attention
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernel
+
 
 def last(whole, start, tensors):
     """The selection and q, k, v, bias of the queries from `start` on."""

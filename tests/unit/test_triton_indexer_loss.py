@@ -33,6 +33,8 @@ from gsa_kernels.selection import SelectionSpec, tile_layout
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16

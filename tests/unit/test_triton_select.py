@@ -20,6 +20,8 @@ from gsa_kernels.topk import comparable, top_blocks
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernel
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]

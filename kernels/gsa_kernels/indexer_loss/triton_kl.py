@@ -6,6 +6,8 @@ Legend: B batch, H selection heads, Q query tiles, N slots, C keys per block, R 
 import triton
 import triton.language as tl
 
+from gsa_kernels.index_score.triton_scores import candidate_range
+
 
 @triton.jit
 def logits(s, mass, LOG: tl.constexpr, EPS: tl.constexpr):
@@ -93,15 +95,9 @@ def candidate_kernel(
     """Blocks that a tile may choose: TileLayout.candidates for tiles given on the device."""
     line = tl.program_id(0)
     b, i = line // (n * H), line % n
-    anchor = (first_tile + tl.load(tiles_ptr + i).to(tl.int32)) * R
-    local = tl.maximum(anchor - WINDOW + 1, 0) // C * C
-    start = 0
-    if HAS_DOCS:
-        start = tl.load(docs_ptr + b.to(tl.int64) * S + anchor).to(tl.int32)
-    sinks_end = start // C * C
-    if SINKS > 0:
-        sinks_end = (start + SINKS + C - 1) // C * C
+    tile = first_tile + tl.load(tiles_ptr + i).to(tl.int32)
+    first, end = candidate_range(b, tile, docs_ptr, S, tile >= 0, C, R, WINDOW, SINKS, HAS_DOCS)
     block = tl.program_id(1) * BN + tl.arange(0, BN)
-    ok = (block * C >= sinks_end) & (block * C + C <= local)
+    ok = (block >= first) & (block < end)
     at = block_ptr + line.to(tl.int64) * N + block
     tl.store(at, tl.where(ok, block, -1), mask=block < N)
