@@ -28,6 +28,7 @@ from gsa_kernels.select.api import STATISTICS, select
 from gsa_kernels.selection import SelectionSpec
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.kernel
 
 
 def coarse(factors, **settings):

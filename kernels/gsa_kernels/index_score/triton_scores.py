@@ -22,7 +22,7 @@ import triton.language as tl
 @triton.jit
 def candidate_range(
     b, tile, docs_ptr, S, ok, C: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, HAS_DOCS: tl.constexpr, RATIO: tl.constexpr
+    SINKS: tl.constexpr, HAS_DOCS: tl.constexpr, RATIO: tl.constexpr = 1
 ):  # fmt: skip
     """(first, end) block that the anchor of each tile may choose (TileLayout.candidates).
 

@@ -115,7 +115,7 @@ def survivor_kernel(
     row = row_0 + tl.arange(0, BM)
     row_ok = row < rows
     tile = first_tile + row
-    first, end = candidate_range(b, tile, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS, 1)
+    first, end = candidate_range(b, tile, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS)
     entry = tl.program_id(2).to(tl.int64) * rows + row
     lists = list_ptr + entry * P
 
