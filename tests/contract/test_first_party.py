@@ -49,7 +49,9 @@ CHECKS += [
 ]
 CHECKS += [
     pytest.param(check, id=f"indexer=hierarchical-bound-{check}")
-    for check in slot_checks("indexer", "hierarchical", {"pooling": "bound"})
+    for check in slot_checks(
+        "indexer", "hierarchical", {"pooling": "bound"}, ["attention.mode=token"]
+    )
 ]
 
 
