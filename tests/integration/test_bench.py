@@ -101,7 +101,8 @@ def test_indexer():
     assert len(fine) == 8
     assert fine["mean", 32, 1]["recall"] < fine["mean", 64, 2]["recall"] <= 1
     assert all(("proven" in row) == (pooling == "bound") for (pooling, *_), row in fine.items())
-    assert 0 <= fine["bound", 64, 2]["proven"] <= 1
+    for row in (fine["bound", pool, n] for pool in (32, 64) for n in (1, 2)):
+        assert 0 < row["nothing_left_out"] <= row["proven"] <= 1
 
 
 def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):

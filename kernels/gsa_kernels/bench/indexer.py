@@ -89,7 +89,8 @@ def hierarchical_records(
     budget_s: float = 0.5,
 ) -> list[dict[str, Any]]:
     """Recall against cost of coarse-to-fine selection, for each pooling, pool and number of
-    survivors; of bounds (not taken of ReLU scores) also the share of tiles they prove exact."""
+    survivors; of bounds (not taken of ReLU scores) also the share of tiles they prove exact, which
+    takes in those that leave nothing out."""
     exact = case.choose()
     rows = []
     given = {f.name: getattr(case.factors, f.name) for f in fields(IndexFactors)}
@@ -115,6 +116,7 @@ def hierarchical_records(
             "pooling": pooling,
             "pool": pool,
             "survivors": n,
+            "nothing_left_out": _all_survive(case, pool, n),
             "recall": recall(found.selection.blocks_BHQN, exact.blocks_BHQN),
             "choose_ms": ms,
             "scored": min(n * pool, shape.seq_len) // blocks
@@ -125,6 +127,13 @@ def hierarchical_records(
             row["proven"] = float(found.proven_BHQ.float().mean())
         rows.append(row)
     return rows
+
+
+def _all_survive(case: Case, pool: int, survivors: int) -> float:
+    """Share of the tiles that have candidates in no more pooling blocks than survive."""
+    layout = _layout(case)
+    pools = -(-layout.local_BQ // pool) - layout.sink_hi_BQ // pool
+    return float((pools <= survivors).float().mean())
 
 
 def objective_record(

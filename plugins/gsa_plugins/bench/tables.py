@@ -31,6 +31,7 @@ _INDEXER = {
     "pooling": ("by", "{}"),
     "pool": ("pool", "{}"),
     "survivors": ("survivors", "{}"),
+    "nothing_left_out": ("all survive", "{:.1%}"),
     "recall": ("recall", "{:.1%}"),
     "proven": ("proven exact", "{:.1%}"),
     "score_ms": ("score ms", "{:.3f}"),
