@@ -21,7 +21,7 @@ LONGEST = 4096  # columns of a row that a program holds in registers
 LONG_ROWS = 1024  # longer rows at a time: each has a list of 4096 candidates or more
 MOST_BLOCKS = 16384  # choices per row that the kernels take
 WIDEST = 128  # index channels
-MOST_HEADS = 128  # index heads of one selection, coarse to fine
+MOST_HEADS = 64  # index heads of one selection, coarse to fine
 
 
 def no_kernel(factors: BlockScores, spec: SelectionSpec, width: int) -> str:
