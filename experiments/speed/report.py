@@ -180,10 +180,15 @@ def _recall(axes: Any, rows: list[dict[str, Any]]) -> None:
         return
     longest = max(r["seq_len"] for r in rows)
     rows = [r for r in rows if r["seq_len"] == longest]
-    for pool in sorted({r["pool"] for r in rows}):
-        mine = sorted((r for r in rows if r["pool"] == pool), key=lambda r: r["survivors"])
+    kinds = sorted({(r.get("pooling", "mean"), r["pool"]) for r in rows})
+    colour = {pool: f"C{i}" for i, pool in enumerate(sorted({pool for _, pool in kinds}))}
+    for pooling, pool in kinds:
+        same = [r for r in rows if (r.get("pooling", "mean"), r["pool"]) == (pooling, pool)]
+        mine = sorted(same, key=lambda r: r["survivors"])
         cost = [r["scored"] / r["scored_exact"] for r in mine]
-        axes.plot(cost, [r["recall"] for r in mine], marker="o", label=f"pools of {pool} keys")
+        style = {"mean": "-", "max": ":", "bound": "--"}[pooling]
+        axes.plot(cost, [r["recall"] for r in mine], style, marker="o", color=colour[pool],
+                  label=f"{pooling} of {pool} keys")  # fmt: skip
         for x, r in zip(cost, mine, strict=True):
             axes.annotate(r["survivors"], (x, r["recall"]), fontsize=6, xytext=(2, 3),
                           textcoords="offset points")  # fmt: skip

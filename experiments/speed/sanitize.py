@@ -24,6 +24,7 @@ TESTS = {
     ),
     "test_fused_gate.py": "multiplies_the_output",
     "test_triton_decode.py": "decoding_is_the_reference",
+    "test_triton_survivors.py": "is_that_of_the_definition and docs or lists_in_parts",
     "test_triton_select.py": "exact_scores_choose_the_same or long_rows",
     "test_triton_indexer_loss.py": "dense_masses or listed_blocks or test_dense_kl",
 }

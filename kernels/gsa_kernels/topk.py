@@ -41,7 +41,11 @@ def top_blocks(scores: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 def refuse_nan(fine: Tensor) -> None:
     """Raise ValueError unless `fine` (one element) is true; a CUDA device asserts instead."""
-    text = "index scores are not finite (NaN): lower the learning rate"
+    refuse_unless(fine, "index scores are not finite (NaN): lower the learning rate")
+
+
+def refuse_unless(fine: Tensor, text: str) -> None:
+    """As refuse_nan, for any reason."""
     if fine.device.type == "cuda":
         torch._assert_async(fine, text)
     elif not fine:

@@ -70,8 +70,26 @@ def _indexer(config: Any) -> Iterator[str]:
             f"indexer.max_context={indexer.max_context}, not context={config.context}. "
             f"Type indexer.max_context={config.context} if you mean it, or another indexer."
         )
+    if indexer.get("pooling") == "bound":
+        yield from _bound(indexer)
     if indexer.get("pool"):
         yield from _pool(config)
+
+
+def _bound(indexer: Any) -> Iterator[str]:
+    """Bounds prune for exact scores inside what is left, of weights that are never negative."""
+    if "survivors" not in indexer:
+        yield (
+            "indexer.pooling=bound bounds the scores of single blocks, and "
+            f"indexer={indexer.name} has none. "
+            "Type indexer=hierarchical, or indexer.pooling=mean."
+        )
+    elif indexer.activation != "sigmoid":
+        yield (
+            f"indexer.pooling=bound needs head weights that are never negative, and those of "
+            f"indexer.activation={indexer.activation} may be. Type indexer.activation=sigmoid, or "
+            "indexer.pooling=mean."
+        )
 
 
 def _pool(config: Any) -> Iterator[str]:

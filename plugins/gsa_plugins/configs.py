@@ -98,7 +98,7 @@ class HierarchicalIndexerConfig(LightningConfig):
     block_score: str = "mean"
     pool: int = 256  # keys pooled together for the coarse scores
     survivors: int = 64  # pooling blocks whose keys are scored exactly
-    pooling: str = "mean"
+    pooling: str = "mean"  # mean, max of each channel, or bound: no key scores above it (sigmoid)
 
 
 @dataclass

@@ -115,7 +115,7 @@ CHOICES = {
     ("indexer", "scale"): ("rsqrt", "none"),
     ("indexer", "block_score"): ("mean", "max"),
     ("indexer", "activation"): ("sigmoid", "relu"),
-    ("indexer", "pooling"): ("mean", "max"),
+    ("indexer", "pooling"): ("mean", "max", "bound"),
     ("sparsity", "sign"): ("decreasing", "increasing"),
     ("sparsity", "form"): ("ratio", "logistic"),
     ("sparsity", "shape"): ("linear", "cosine"),

@@ -47,6 +47,12 @@ CHECKS += [
     for check in slot_checks("indexer", "hierarchical", {"survivors": 4}, ["attention.mode=tile"])
     if "equals_dense" not in str(check)
 ]
+CHECKS += [
+    pytest.param(check, id=f"indexer=hierarchical-bound-{check}")
+    for check in slot_checks(
+        "indexer", "hierarchical", {"pooling": "bound"}, ["attention.mode=token"]
+    )
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)

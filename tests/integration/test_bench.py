@@ -97,8 +97,12 @@ def test_indexer():
         by.setdefault(row["pass"], []).append(row)
     assert by["select"][0]["overlap"] > 0.95 and by["select"][0]["topk_ms"] > 0
     assert by["objective"][0]["dense_kl_ms"] > 0 and by["objective"][0]["selected_kl_ms"] > 0
-    fine = {(r["pool"], r["survivors"]): r["recall"] for r in by["hierarchical"]}
-    assert len(fine) == 4 and fine[32, 1] < fine[64, 2] <= 1
+    fine = {(r["pooling"], r["pool"], r["survivors"]): r for r in by["hierarchical"]}
+    assert len(fine) == 8
+    assert fine["mean", 32, 1]["recall"] < fine["mean", 64, 2]["recall"] <= 1
+    assert all(("proven" in row) == (pooling == "bound") for (pooling, *_), row in fine.items())
+    for row in (fine["bound", pool, n] for pool in (32, 64) for n in (1, 2)):
+        assert 0 < row["nothing_left_out"] <= row["proven"] <= 1
 
 
 def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):

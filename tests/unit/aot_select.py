@@ -1,6 +1,7 @@
 """Compile the launches of one selection for GPUs that are not there; run as a program.
 
     python aot_select.py sm_80,sm_90 C R T J I dtype[+dtype of keys] k score [docs]
+        [pooling,pool,survivors]
 
 Prints first the launches that one call makes, in order (kernels, and PyTorch's own operations that
 launch something), then one JSON object per kernel as aot_compile does.
@@ -36,21 +37,28 @@ class Launching(TorchDispatchMode):
 
 
 def main() -> None:
-    from gsa_kernels.index_score.api import IndexFactors
+    from gsa_kernels.index_score.api import HierarchicalFactors, IndexFactors
     from gsa_kernels.select import api, chunked
     from gsa_kernels.selection import SelectionSpec
 
     c, r, t, heads, width = (int(x) for x in sys.argv[2:7])
     dtypes = [getattr(torch, name) for name in sys.argv[7].split("+")]
     keys, block_score = int(sys.argv[8]), sys.argv[9]
-    docs = torch.zeros(1, t, dtype=torch.long) if sys.argv[10:] else None
-    factors = IndexFactors(
+    docs = torch.zeros(1, t, dtype=torch.long) if "docs" in sys.argv[10:] else None
+    coarse = [word.split(",") for word in sys.argv[10:] if "," in word]
+    kind: type[IndexFactors] = IndexFactors
+    more: dict[str, Any] = {}
+    for pooling, pool, survivors in coarse:
+        kind, more = HierarchicalFactors, {"pool": int(pool), "survivors": int(survivors)}
+        more["pooling"] = pooling
+    factors = kind(
         torch.empty(1, t, heads, width, dtype=dtypes[0]),
         torch.empty(1, t, width, dtype=dtypes[-1]),
-        torch.empty(1, t, heads, dtype=dtypes[0]),
+        torch.ones(1, t, heads, dtype=dtypes[0]),
         torch.zeros(heads),
         width**-0.5,
         block_score=block_score,
+        **more,
     )
     spec = SelectionSpec(c, r, window=128, sinks=64)
 

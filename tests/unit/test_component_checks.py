@@ -35,6 +35,11 @@ def check(*overrides: str) -> None:
         (("indexer=pooled", "indexer.activation=relo"), ["Did you mean 'relu'"]),
         ((*COARSE, "indexer.survivors=3"), ["survivors=3", "256 keys", "indexer.survivors=8"]),
         ((*COARSE, "indexer.survivors=0"), ["indexer.survivors=0 must be at least 1"]),
+        (("indexer=pooled", "indexer.pooling=bound"), ["indexer=pooled", "indexer=hierarchical"]),
+        (
+            (*COARSE, "indexer.pooling=bound", "indexer.activation=relu"),
+            ["indexer.pooling=bound", "never negative", "indexer.activation=sigmoid"],
+        ),
         (("indexer=oracle",), ["indexer=oracle has no parameters", "objective=none"]),
         (("indexer=random", "objective=bias"), ["objective=bias", "another indexer"]),
         (("indexer=strided", "objective=kl_bias"), ["nothing to train"]),

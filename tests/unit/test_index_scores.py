@@ -20,7 +20,7 @@ from gsa_kernels.index_score.api import (
     StridedScores,
     scores_at,
 )
-from gsa_kernels.index_score.pooled import running_pool
+from gsa_kernels.index_score.pooled import coarse_scores, running_pool
 from gsa_kernels.select.api import select
 from gsa_kernels.select.reference import pool_score
 from gsa_kernels.selection import SelectionSpec, tile_layout
@@ -102,6 +102,65 @@ def test_enough_survivors_select_as_the_exact_scores(granularity, documents, blo
     assert torch.equal(got, exact)
 
 
+@granularities
+@documents
+@pytest.mark.parametrize("block_score", ["mean", "max"])
+def test_bounds_prove_what_they_prune(granularity, documents, block_score):
+    docs = make_documents(LENGTH) if documents else None
+    factors = make_factors(LENGTH, block_score=block_score)
+    spec = SelectionSpec(*granularity, window=7, sinks=3)
+    exact = chosen(factors, spec, 45, docs).blocks_BHQN
+    shares = []
+    for survivors in (2, 5, 100):
+        bound = as_kind(
+            factors, HierarchicalFactors, pool=2 * granularity[0], survivors=survivors,
+            pooling="bound",
+        )  # fmt: skip
+        args = (bound, spec, 45, 45, LENGTH, docs)
+        eager, reference = (select(*args, impl=x, prove=True) for x in ("eager", "reference"))
+        assert torch.equal(eager.selection.blocks_BHQN, reference.selection.blocks_BHQN)
+        assert torch.equal(eager.proven_BHQ, reference.proven_BHQ)
+        proven = eager.proven_BHQ
+        assert torch.equal(eager.selection.blocks_BHQN[proven], exact[proven])
+        shares.append(float(proven.float().mean()))
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert shares[0] < 1 or granularity[0] > 8  # few large blocks may all survive
+    with pytest.raises(ValueError, match="needs bounds"):
+        select(factors, spec, 45, 45, LENGTH, docs, prove=True)
+
+
+@pytest.mark.parametrize("block_score", ["mean", "max"])
+@documents
+def test_no_score_exceeds_its_bound(block_score, documents):
+    docs = make_documents(LENGTH) if documents else None
+    factors = make_factors(LENGTH, block_score=block_score)
+    bound = as_kind(factors, HierarchicalFactors, pool=12, survivors=1, pooling="bound")
+    layout = tile_layout(SelectionSpec(4, 16, window=7), LENGTH, LENGTH, 0, docs)
+    *prepared, running = bound.prepare(4, docs)
+    scores = factors.tile_scores(layout, slice(None), 22, prepared)
+    bounds = coarse_scores(bound, running, layout, slice(None), 22, 12, "bound")
+    allowed = layout.candidates(slice(None), 22)[:, None].expand_as(scores)
+    assert (scores <= bounds.repeat_interleave(3, -1)[..., :22] + 1e-12)[allowed].all()
+    # One key is its own bound.
+    one = as_kind(factors, HierarchicalFactors, pool=1, survivors=1, pooling="bound")
+    layout = tile_layout(SelectionSpec(1, 16, window=7), LENGTH, LENGTH)
+    *prepared, running = one.prepare(1, None)
+    torch.testing.assert_close(
+        coarse_scores(one, running, layout, slice(None), 90, 1, "bound")[:, :, -1],
+        one.tile_scores(layout, slice(None), 90, prepared)[:, :, -1],
+    )
+
+
+def test_bounds_that_would_not_hold_are_refused():
+    factors = make_factors(LENGTH)
+    bound = as_kind(factors, HierarchicalFactors, pooling="bound", pool=16)
+    for settings in ({"activation": "relu"}, {"scale": -1.0}):
+        with pytest.raises(ValueError, match="needs activation 'sigmoid' and a scale"):
+            replace(bound, **settings)
+    with pytest.raises(ValueError, match="never negative"):
+        chosen(replace(bound, weight_BTJ=-bound.weight_BTJ), SelectionSpec(4, 4, window=7))
+
+
 @documents
 @poolings
 @pytest.mark.parametrize("pool", [1, 6, 16, 200])
@@ -179,6 +238,9 @@ PIECES = {
     "pooled": lambda: as_kind(make_factors(LENGTH), PooledFactors, pool=POOL),
     "hierarchical": lambda: as_kind(
         make_factors(LENGTH), HierarchicalFactors, pool=POOL, survivors=2
+    ),
+    "bound": lambda: as_kind(
+        make_factors(LENGTH), HierarchicalFactors, pool=POOL, survivors=2, pooling="bound"
     ),
     "random": lambda: positions(RandomScores),
     "strided": lambda: positions(StridedScores, stride=3),

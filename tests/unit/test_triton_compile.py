@@ -26,7 +26,11 @@ CASES = [("tile", target) for target in SHARED]
 CASES += [(shape, "sm_90") for shape in SHAPES if shape != "tile"]
 
 
-SELECTIONS = {  # targets, C, R, T, J, I, dtype, k, score, docs -> launches of one call
+COARSE = ["running_kernel", "score_kernel", "select_kernel", "survivor_kernel", "select_kernel"]
+# targets, C, R, T, J, I, dtype, k, score, docs, coarse scores -> launches of one call
+SELECTIONS = {
+    "sm_80,sm_90,sm_100 1 1 4096 4 64 bfloat16 2048 mean mean,256,16": COARSE,
+    "sm_90 64 64 131072 4 64 bfloat16+float32 2048 max docs max,256,16": COARSE,
     "sm_80,sm_90,sm_100 64 64 131072 4 64 bfloat16 2048 mean": [
         "pool_kernel", "score_kernel", "select_kernel",
     ],
@@ -77,9 +81,10 @@ def test_launches_compile_within_limits(shape, target):
 def test_selections_compile_without_spills_and_launch_little(arguments):
     pytorch, kernels, *rows = lines_of("aot_select.py", *arguments.split())
     assert kernels == SELECTIONS[arguments]
-    # Per chunk of rows: a flag, and the test that no NaN has cleared it. Several are copied.
-    chunks = kernels.count("select_kernel")
-    assert len(pytorch) == (2 if chunks == 1 else 3 * chunks + 1)
+    # Per choice a flag, and the test that no NaN has cleared it. Several chunks are copied.
+    choices, coarse = kernels.count("select_kernel"), "running_kernel" in kernels
+    chunks = choices // (1 + coarse)
+    assert len(pytorch) == 2 * choices + coarse + (0 if chunks == 1 else chunks + 1)
     for row in rows:
         # Two words of stack are no spilled tile.
         assert row["shared"] <= min(SHARED.values()) and row["local"] <= 8, row

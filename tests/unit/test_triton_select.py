@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import granularity_id, make_documents, make_factors
 
-from gsa_kernels.index_score.api import HierarchicalFactors, PooledFactors, RandomScores
+from gsa_kernels.index_score.api import PooledFactors, RandomScores
 from gsa_kernels.index_score.keys import pool_keys
 from gsa_kernels.index_score.reference import block_score_matrix
 from gsa_kernels.select.api import STATISTICS, select
@@ -290,7 +290,6 @@ def others(length):
     base = low(make_factors(length))
     parts = (base.q_BTJI, base.k_BSI, base.weight_BTJ, base.bias_J, base.scale)
     yield PooledFactors(*parts, pool=16)
-    yield HierarchicalFactors(*parts, pool=16, survivors=3)
     yield RandomScores(base.k_BSI[..., :0], length)
 
 

@@ -2,19 +2,22 @@
 
 topk_ms is the plain way over the same scores: torch.topk and a sort. A coarse-to-fine indexer is
 measured against the exact choice of the same factors: recall is the share of the exact blocks that
-it found, the cost its time and the keys or blocks it scored for each tile.
+it found, the cost its time and the keys or blocks it scored for each tile (a bound is a product of
+twice the width and counts as two).
 """
 
+import itertools
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.api import HierarchicalFactors, IndexFactors
+from gsa_kernels.index_score.api import BOUND, HierarchicalFactors, IndexFactors
 from gsa_kernels.indexer_loss.api import dense_kl, selected_kl
 from gsa_kernels.select import select
-from gsa_kernels.selection import Selection, TileLayout, tile_layout
+from gsa_kernels.select.api import Chosen
+from gsa_kernels.selection import TileLayout, tile_layout
 from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
@@ -78,46 +81,59 @@ def indexer_record(shape: Shape, case: Case, budget_s: float = 1.0) -> dict[str,
 
 
 def hierarchical_records(
-    shape: Shape, case: Case, pools: list[int], survivors: list[int], budget_s: float = 0.5
+    shape: Shape,
+    case: Case,
+    poolings: list[str],
+    pools: list[int],
+    survivors: list[int],
+    budget_s: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Recall against cost of coarse-to-fine selection, for each pool and number of survivors."""
+    """Recall against cost of coarse-to-fine selection, for each pooling, pool and number of
+    survivors; of bounds (not taken of ReLU scores) also the share of tiles they prove exact, which
+    takes in those that leave nothing out."""
     exact = case.choose()
     rows = []
-    for pool in pools:
-        if pool % case.spec.key_block:
+    given = {f.name: getattr(case.factors, f.name) for f in fields(IndexFactors)}
+    for pooling, pool, n in itertools.product(poolings, pools, survivors):
+        bound = pooling == BOUND
+        if pool % case.spec.key_block or (bound and case.factors.activation != "sigmoid"):
             continue  # pooling blocks hold whole key blocks
-        for n in survivors:
-            if n * pool >= shape.seq_len + pool:
-                continue  # everything survives with fewer, too
-            factors = _hierarchical(case.factors, pool, n)
-            blocks = case.spec.key_block if factors.block_score == "mean" else 1
+        if n * pool >= shape.seq_len + pool:
+            continue  # everything survives with fewer, too
+        factors = HierarchicalFactors(**given, pooling=pooling, pool=pool, survivors=n)
+        blocks = case.spec.key_block if factors.block_score == "mean" else 1
 
-            def choose(factors: IndexFactors = factors) -> Selection:
-                return select(
-                    factors, case.spec, case.budget, case.budget, case.q.shape[1]
-                ).selection
+        def choose(prove: bool = False, factors: IndexFactors = factors) -> Chosen:
+            size = (case.budget, case.budget, case.q.shape[1])
+            return select(factors, case.spec, *size, prove=prove)
 
-            with torch.no_grad():
-                found = recall(choose().blocks_BHQN, exact.blocks_BHQN)
-                ms = milliseconds(choose, case.q.device, budget_s)
-            rows.append(
-                {
-                    **shape.fields(),
-                    "pass": "hierarchical",
-                    "pool": pool,
-                    "survivors": n,
-                    "recall": found,
-                    "choose_ms": ms,
-                    "scored": min(n * pool, shape.seq_len) // blocks + shape.seq_len // pool,
-                    "scored_exact": shape.seq_len // blocks,
-                }
-            )
+        with torch.no_grad():
+            found = choose(prove=bound)
+            ms = milliseconds(choose, case.q.device, budget_s)
+        row = {
+            **shape.fields(),
+            "pass": "hierarchical",
+            "pooling": pooling,
+            "pool": pool,
+            "survivors": n,
+            "nothing_left_out": _all_survive(case, pool, n),
+            "recall": recall(found.selection.blocks_BHQN, exact.blocks_BHQN),
+            "choose_ms": ms,
+            "scored": min(n * pool, shape.seq_len) // blocks
+            + shape.seq_len // pool * (2 if bound else 1),
+            "scored_exact": shape.seq_len // blocks,
+        }
+        if found.proven_BHQ is not None:
+            row["proven"] = float(found.proven_BHQ.float().mean())
+        rows.append(row)
     return rows
 
 
-def _hierarchical(factors: IndexFactors, pool: int, survivors: int) -> HierarchicalFactors:
-    given = {f.name: getattr(factors, f.name) for f in fields(IndexFactors)}
-    return HierarchicalFactors(**given, pool=pool, survivors=survivors)
+def _all_survive(case: Case, pool: int, survivors: int) -> float:
+    """Share of the tiles that have candidates in no more pooling blocks than survive."""
+    layout = _layout(case)
+    pools = -(-layout.local_BQ // pool) - layout.sink_hi_BQ // pool
+    return float((pools <= survivors).float().mean())
 
 
 def objective_record(

@@ -4,13 +4,14 @@ from .attention import AttentionScores
 from .factors import ACTIVATIONS, BLOCK_SCORES, IndexFactors
 from .hierarchical import HierarchicalFactors
 from .keys import pool_keys
-from .pooled import POOLINGS, PooledFactors
+from .pooled import BOUND, POOLINGS, PooledFactors
 from .position import RandomScores, StridedScores
 from .scores import _CHUNK, BlockScores, Scored, scores_at
 
 __all__ = [
     "ACTIVATIONS",
     "BLOCK_SCORES",
+    "BOUND",
     "POOLINGS",
     "AttentionScores",
     "BlockScores",

@@ -41,6 +41,8 @@ def _block_scores(
     sigmoid: bool,
     heads: int,
     single: bool,
+    running: Tensor | None = None,
+    ratio: int = 1,
 ) -> Tensor:
     """[B, H, rows, stride] float32 scores of blocks at the anchors of query tiles; no gradient.
 
@@ -48,11 +50,13 @@ def _block_scores(
     keys) keys, weight [B, T, J], bias [J], docs [B, S]; contiguous. sizes: C, R, window, sinks,
     q_start. tiles: the first one and the one after the last (absolute numbers) and the columns
     wanted; stride is at least that. What is no candidate of its row is -inf or not written.
+    running [B, S, I]: a column is a pooling block of `ratio` blocks, scored from its key in k, or,
+    where it is the last before the local window, from the running one at its last position.
     """
     from . import triton_launch
 
     return triton_launch.block_scores(
-        q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, single
+        q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, single, running, ratio
     )
 
 
@@ -63,6 +67,6 @@ block_scores = undispatched(_block_scores, block_scores_operator)
 
 
 @block_scores_operator.register_fake
-def _(q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, single):  # type: ignore[no-untyped-def]
+def _(q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, *rest):  # type: ignore[no-untyped-def]
     stride = -(-tiles[2] // ALIGNED) * ALIGNED
     return q.new_empty((q.shape[0], heads, tiles[1] - tiles[0], stride), dtype=torch.float32)

@@ -19,6 +19,7 @@ from .keys import take
 from .scores import _CHUNK
 
 POOLINGS = ("mean", "max")
+BOUND = "bound"  # the pooling of coarse scores that no key's score can exceed
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ class PooledFactors(IndexFactors):
         return torch.cat(pieces, 2).masked_fill(blocks < 0, -torch.inf)
 
 
-def check_pool(pool: int, pooling: str, block: int = 1) -> None:
+def check_pool(
+    pool: int, pooling: str, block: int = 1, poolings: tuple[str, ...] = POOLINGS
+) -> None:
     """ValueError for a pooling that does not exist or does not line up with key blocks."""
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    if pooling not in poolings:
+        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(poolings)}")
     if pool < 1 or pool % block:
         raise ValueError(f"pool={pool} is not a multiple of the key block of {block}")
 
@@ -88,6 +91,7 @@ def running_pool(
 ) -> Tensor:
     """[B, S, I]: each position's pooling block and document pooled up to that position.
 
+    pooling "bound": [B, S, 2 I], the largest and then the smallest value of each channel.
     A scan by doubling: what a position gets depends on its block's keys alone, bit for bit.
     Recomputed in the backward.
     """
@@ -106,6 +110,8 @@ def _scan(k_BSI: Tensor, pool: int, pooling: str, doc_start_BS: Tensor | None) -
         first = torch.maximum(first, doc_start_BS[:, :keys])
     # Sums of bfloat16 keys would lose digits.
     held = k_BSI if k_BSI.dtype == torch.float64 else k_BSI.float()
+    if pooling == BOUND:
+        held = torch.cat((held, -held), -1)
     step = 1
     while step < min(pool, keys):
         before = torch.nn.functional.pad(held, (0, 0, step, 0))[:, :keys]
@@ -114,7 +120,20 @@ def _scan(k_BSI: Tensor, pool: int, pooling: str, doc_start_BS: Tensor | None) -
         step *= 2
     if pooling == "mean":
         held = held / (position - first + 1)[..., None]
+    elif pooling == BOUND:
+        held = torch.cat((held[..., : k_BSI.shape[-1]], -held[..., k_BSI.shape[-1] :]), -1)
     return held.to(k_BSI.dtype)
+
+
+def both_signs(q_BTJI: Tensor) -> Tensor:
+    """[B, T, J, 2 I] whose product with the pooled keys of a bound is no smaller than any key's:
+
+        max over keys of q . k  <=  sum_i max(q_i max_i, q_i min_i)
+                                 =  max(q, 0) . max + min(q, 0) . min
+
+    as the bounds of Quest (arXiv 2406.10774).
+    """
+    return torch.cat((q_BTJI.clamp_min(0), q_BTJI.clamp_max(0)), -1)
 
 
 def coarse_scores(
@@ -124,10 +143,13 @@ def coarse_scores(
     tiles: slice,
     n_blocks: int,
     pool: int,
+    pooling: str = "mean",
 ) -> Tensor:
     """[B, H, tiles, M] scores of the M pooling blocks that hold the first n_blocks key blocks."""
     columns = -(-n_blocks * layout.spec.key_block // pool)
     at = factors.rows(layout.anchor_Q[tiles] - factors.q_start)
+    if pooling == BOUND:
+        at = replace(at, q_BTJI=both_signs(at.q_BTJI))
     whole = running_BSI[:, pool - 1 :: pool][:, :columns]
     scores = torch.nn.functional.pad(at.tile(whole), (0, columns - whole.shape[1]))
     # The block that the local window cuts, one per tile.

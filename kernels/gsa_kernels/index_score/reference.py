@@ -53,7 +53,16 @@ def block_score_matrix(
 def pooled_score(
     factors: IndexFactors, b: int, query: int, keys_SI: Tensor, pooling: str
 ) -> Tensor:
-    """[H] scores of one query (offset from q_start) for the mean or maximum of some keys."""
+    """[H] scores of one query (offset from q_start) for the mean or maximum of some keys.
+
+    pooling "bound": sum_j w_j act(sum_i max(q_ji max_i, q_ji min_i) scale + b_j).
+    """
+    if pooling == "bound":
+        q = factors.q_BTJI[b, query]
+        logits = torch.maximum(q * keys_SI.amax(0), q * keys_SI.amin(0)).sum(-1) * factors.scale
+        if factors.bias_J is not None:
+            logits = logits + factors.bias_J
+        return (factors.weight_BTJ[b, query] * logits.sigmoid()).view(factors.heads, -1).sum(-1)
     key = keys_SI.mean(0) if pooling == "mean" else keys_SI.amax(0)
     one = IndexFactors(
         factors.q_BTJI[b : b + 1, query : query + 1],

@@ -4,6 +4,7 @@ Legend: B batch, T queries, S keys, H selection heads, Q query tiles, C keys per
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,15 @@ class Scored:
     """Scores of some tiles' blocks, with those that may be chosen: both [B, H, tiles, M].
 
     Entry j belongs to block j, or to block columns[..., j] where columns are given (ascending in
-    the allowed entries). `allowed` may be [B or 1, 1, tiles, M].
+    the allowed entries). `allowed` may be [B or 1, 1, tiles, M]. unseen: computes [B, H, tiles],
+    `comparable` numbers that no candidate left out here exceeds, -inf where none is; None if no
+    such number is known.
     """
 
     scores: Tensor
     allowed: Tensor
     columns: Tensor | None = None
+    unseen: Callable[[], Tensor] | None = None
 
 
 class BlockScores:

@@ -38,7 +38,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _padded(width: int) -> int:
+def n_positions(*tensors: Tensor | None) -> int:
+    """S of the tensors [B, S, ...] that there are; 0 if there is none."""
+    return next((x.shape[1] for x in tensors if x is not None), 0)
+
+
+def padded(width: int) -> int:
     return max(16, power_of_2(width))
 
 
@@ -51,10 +56,10 @@ def pool_keys(k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int) -> 
     if out.numel() == 0:
         return out
     step = min(128, power_of_2(block))
-    each = max(1, 8192 // _padded(width) // step)
+    each = max(1, 8192 // padded(width) // step)
     pool_kernel[(ceil_div(n, each), batch)](
         k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys, n,
-        WIDTH=width, BI=_padded(width), C=block, CP=step, BB=each, PARTS=parts,
+        WIDTH=width, BI=padded(width), C=block, CP=step, BB=each, PARTS=parts,
         HAS_DOCS=docs_BS is not None,
         num_warps=4,
     )  # fmt: skip
@@ -73,6 +78,8 @@ def block_scores(
     sigmoid: bool,
     heads: int,
     single: bool,
+    running_BSI: Tensor | None,
+    ratio: int,
 ) -> Tensor:
     """[B, H, rows, stride] float32 scores of query tiles; see ops.block_scores."""
     c, r, window, sinks, q_start = sizes
@@ -84,16 +91,18 @@ def block_scores(
     out = torch.empty(batch, heads, rows, stride, device=q_BTJI.device, dtype=torch.float32)
     wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
     block = power_of_2(c) if single else 1
-    shape = _shape(rows, _padded(width), block, wide)
+    shape = _shape(rows, padded(width), block, wide)
     grid = (ceil_div(columns * block, shape.keys), ceil_div(rows, shape.rows), batch * heads)
     score_kernel[grid](
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,
-        weight_BTJ if docs_BS is None else docs_BS, out,
-        queries, 0 if docs_BS is None else docs_BS.shape[1], q_start, first_tile, rows, key_rows,
+        weight_BTJ if docs_BS is None else docs_BS,
+        weight_BTJ if running_BSI is None else running_BSI, out,
+        queries, n_positions(docs_BS, running_BSI), q_start, first_tile, rows, key_rows,
         stride, scale,
-        J=index_heads, H=heads, WIDTH=width, BI=_padded(width),
+        J=index_heads, H=heads, WIDTH=width, BI=padded(width),
         C=c, R=r, WINDOW=window, SINKS=sinks,
-        PARTS=parts, SINGLE=single, CP=block, SIGMOID=sigmoid, WIDE=wide,
+        PARTS=parts, SINGLE=single, CP=block, RATIO=ratio, EDGE=running_BSI is not None,
+        SIGMOID=sigmoid, WIDE=wide,
         HAS_BIAS=bias_J is not None, HAS_DOCS=docs_BS is not None, BM=shape.rows, BN=shape.keys,
         num_warps=shape.warps,
     )  # fmt: skip

@@ -22,9 +22,12 @@ import triton.language as tl
 @triton.jit
 def candidate_range(
     b, tile, docs_ptr, S, ok, C: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, HAS_DOCS: tl.constexpr
+    SINKS: tl.constexpr, HAS_DOCS: tl.constexpr, RATIO: tl.constexpr = 1
 ):  # fmt: skip
-    """(first, end) block that the anchor of each tile may choose (TileLayout.candidates)."""
+    """(first, end) block that the anchor of each tile may choose (TileLayout.candidates).
+
+    RATIO above 1: (first, end) pooling block of RATIO blocks that holds one of them.
+    """
     anchor = tile * R
     start = anchor * 0
     if HAS_DOCS:
@@ -32,7 +35,8 @@ def candidate_range(
     first = start // C
     if SINKS > 0:
         first = (start + (SINKS + C - 1)) // C
-    return first, tl.maximum(anchor - (WINDOW - 1), 0) // C
+    end = tl.maximum(anchor - (WINDOW - 1), 0) // C
+    return first // RATIO, (end + (RATIO - 1)) // RATIO
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -88,6 +92,43 @@ def product(q, k, acc, WIDE: tl.constexpr):
     return tl.dot(q, tl.trans(k), acc, input_precision="tf32x3")
 
 
+@triton.jit
+def activated(x, SIGMOID: tl.constexpr):
+    """The activation; for the sigmoid x is -log2(e) times its argument."""
+    if SIGMOID:
+        return 1.0 / (1.0 + tl.exp2(x))
+    return tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
+
+
+@triton.jit
+def largest(score, key_ok, BM: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr):
+    """[BM, CB]: the largest of each block's CP scores; NaN if one of them is."""
+    bad = tl.reshape(((score != score) & key_ok[None, :]).to(tl.int32), [BM, CB, CP])
+    score = tl.where(key_ok[None, :] & (score == score), score, float("-inf"))
+    score = tl.max(tl.reshape(score, [BM, CB, CP]), 2)
+    return tl.where(tl.max(bad, 2) > 0, float("nan"), score)
+
+
+@triton.jit
+def own_scores(
+    q_ptr, k_ptr, weight_ptr, bias_ptr, q_line, k_row, ok, slope, unit, h, JH: tl.constexpr,
+    WIDTH: tl.constexpr, BI: tl.constexpr, SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """[BM] scores of one key for each row."""
+    i = tl.arange(0, BI)
+    there = ok[:, None] & (i < WIDTH)[None, :]
+    k = tl.load(k_ptr + k_row[:, None] * WIDTH + i, mask=there, other=0.0).to(tl.float32)
+    score = tl.zeros([ok.shape[0]], tl.float32)
+    for j in range(JH):
+        q = tl.load(q_ptr + (q_line + j)[:, None] * WIDTH + i, mask=there, other=0.0)
+        x = tl.sum(q.to(tl.float32) * k, 1) * slope
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
+        weight = tl.load(weight_ptr + q_line + j, mask=ok, other=0.0)
+        score += weight.to(tl.float32) * activated(x, SIGMOID)
+    return score
+
+
 @triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
 def score_kernel(
     q_ptr,  # [B, T, J, I]
@@ -95,6 +136,7 @@ def score_kernel(
     weight_ptr,  # [B, T, J]
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
+    edge_ptr,  # [B, S, I] keys pooled up to each position, where EDGE
     out_ptr,  # [B, H, rows, stride] float32
     T,
     S,
@@ -115,6 +157,8 @@ def score_kernel(
     PARTS: tl.constexpr,
     SINGLE: tl.constexpr,  # a block's score is the largest of its keys'
     CP: tl.constexpr,  # C as a power of two where SINGLE, else 1
+    RATIO: tl.constexpr,  # key blocks per column
+    EDGE: tl.constexpr,  # columns are pooling blocks: the one that a row's window cuts is its own
     SIGMOID: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -128,7 +172,9 @@ def score_kernel(
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     row_ok = row < rows
     tile = first_tile + row
-    first, end = candidate_range(b, tile, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS)
+    first, end = candidate_range(
+        b, tile, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS, RATIO
+    )
     end = tl.where(row_ok, end, 0)
     first = tl.where(row_ok, first, 1 << 30)
     column_0 = tl.program_id(0) * CB
@@ -167,19 +213,22 @@ def score_kernel(
             x = product(q, k_0, x, WIDE) * slope
             if HAS_BIAS:
                 x += tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
-            if SIGMOID:
-                x = 1.0 / (1.0 + tl.exp2(x))
-            else:
-                x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
             weight = tl.load(weight_ptr + q_line + j, mask=row_ok, other=0.0)
-            score += weight.to(tl.float32)[:, None] * x
+            score += weight.to(tl.float32)[:, None] * activated(x, SIGMOID)
         if SINGLE:
-            # A maximum drops NaN.
-            bad = tl.reshape(((score != score) & key_ok[None, :]).to(tl.int32), [BM, CB, CP])
-            score = tl.where(key_ok[None, :] & (score == score), score, float("-inf"))
-            score = tl.max(tl.reshape(score, [BM, CB, CP]), 2)
-            score = tl.where(tl.max(bad, 2) > 0, float("nan"), score)
+            score = largest(score, key_ok, BM, CB, CP)
         column = column_0 + tl.arange(0, CB)
+        if EDGE:
+            # The last pooling block of each row ends where its local window begins.
+            local = tl.maximum(tile * R - (WINDOW - 1), 0) // C * C
+            cut = tl.where(row_ok & (local > 0), (local - 1) // (C * RATIO), -1)
+            hit = (cut >= column_0) & (cut < column_0 + CB)
+            if tl.max(hit.to(tl.int32), 0) > 0:
+                whole = own_scores(
+                    q_ptr, edge_ptr, weight_ptr, bias_ptr, q_line, b.to(tl.int64) * S + local - 1,
+                    hit, slope, unit, h, JH, WIDTH, BI, SIGMOID, HAS_BIAS
+                )  # fmt: skip
+                score = tl.where(column[None, :] == cut[:, None], whole[:, None], score)
         chosen = (column[None, :] >= first[:, None]) & (column[None, :] < end[:, None])
         out = (tl.program_id(2).to(tl.int64) * rows + row) * stride
         tl.store(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.dispatch import resolve, triton_reason
-from gsa_kernels.index_score.api import BlockScores, IndexFactors
+from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors
 from gsa_kernels.selection import Selection, SelectionSpec, tile_layout
 from gsa_kernels.topk import comparable
 
@@ -31,10 +31,12 @@ BudgetRule = Callable[[dict[str, Tensor]], Tensor]
 @dataclass(frozen=True)
 class Chosen:
     """A selection and the statistics it was made from, each [B, H, Q] (a histogram has one more
-    dimension); 0 at a tile that a previous call has begun."""
+    dimension); 0 at a tile that a previous call has begun. proven_BHQ: whether each tile's choice
+    is known to be that of the exact scores, false at a tile that a previous call has begun."""
 
     selection: Selection
     statistics: dict[str, Tensor]
+    proven_BHQ: Tensor | None = None
 
 
 @torch.no_grad()
@@ -48,16 +50,21 @@ def select(
     previous: Selection | None = None,
     statistics: tuple[str, ...] = (),
     impl: str = "auto",
+    prove: bool = False,
 ) -> Chosen:
     """Choose the keys of queries q_start .. q_start + n_queries - 1 (q_start from the factors).
 
     budget: keys a query may attend in all (window and sinks included), or a rule that maps the
     statistics named (each [B, H, Q]; count is always there) to such budgets, at most max_keys.
     previous: the unfinished tile of the last call (`Selection.tail`), needed when q_start lies
-    inside a tile. impl: triton (the default on CUDA: scores of plain IndexFactors and the top-k of
-    any scores in kernels), eager or reference. Raises ValueError for an unknown statistic, fewer
-    queries in the factors, when q_start lies inside a tile and previous does not end there, when
-    impl cannot run, and on NaN scores (a CUDA device asserts).
+    inside a tile. impl: triton (the default on CUDA: scores of IndexFactors and
+    HierarchicalFactors and the top-k of any scores in kernels), eager or reference. prove: also
+    tell of each tile whether its blocks are those that scores of all blocks would choose: true
+    where as many scores as are chosen lie above the bound of everything left out, as selection
+    compares them. It costs a pass over the scores and needs factors of pooling "bound".
+    Raises ValueError for an unknown statistic, a proof without bounds, fewer queries in the
+    factors, when q_start lies inside a tile and previous does not end there, when impl cannot run,
+    and on NaN scores (a CUDA device asserts).
     """
     from . import chunked, reference
 
@@ -69,17 +76,19 @@ def select(
                 f"queries start at {factors.q_start}, inside a tile of {spec.query_tile}: the "
                 "unfinished tile of the previous call is needed"
             )
+    if prove and not (isinstance(factors, HierarchicalFactors) and factors.bounded):
+        raise ValueError("a proof needs bounds: coarse-to-fine factors of pooling 'bound'")
     names = check_names(statistics)
     if callable(budget) or names:
         names = check_names((*names, "count"))
     name = choose_impl(impl, factors, spec, max_keys)
     if name == "reference":
         return reference.select(
-            factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names
+            factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
         )
-    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names))
+    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names) or prove)
     return chunked.run(
-        rows, factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names
+        rows, factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
     )
 
 
@@ -115,6 +124,8 @@ def _rows(
         layout = tile_layout(spec, n_queries, n_keys, factors.q_start, doc_start_BS, device)
     if fused:
         assert isinstance(factors, IndexFactors)
+        if isinstance(factors, HierarchicalFactors):
+            return kernels.CoarseRows(factors, spec, layout, doc_start_BS)
         return kernels.FactorRows(factors, spec, layout, doc_start_BS)
     assert layout is not None
     rows = kernels.KernelRows if name == "triton" else eager.EagerRows

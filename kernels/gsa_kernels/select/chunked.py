@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gsa_kernels.index_score.api import BlockScores, Scored
 from gsa_kernels.selection import Selection, SelectionSpec, n_tiles
+from gsa_kernels.topk import comparable
 
 from .api import BudgetRule, Chosen
 from .statistics import TAIL, candidate_statistics
@@ -42,6 +43,7 @@ def run(
     doc_start_BS: Tensor | None,
     previous: Selection | None,
     names: tuple[str, ...],
+    prove: bool = False,
 ) -> Chosen:
     """See api.select. Costs (T/R)(S/C) scores for mean-key blocks, (T/R) S for exact ones."""
     c, start = spec.key_block, factors.q_start
@@ -62,13 +64,14 @@ def run(
     if not whole:
         for name, parts in found.items():
             parts.append(torch.zeros(*lists, tile, *TAIL.get(name, ()), device=device))
+    proofs = [torch.zeros(*lists, tile, dtype=torch.bool, device=device)] if prove else []
     while tile < tiles:
         stop = min(tiles, rows.stop(tile))
         part = slice(tile, stop)
         anchor = (start // spec.query_tile + stop - 1) * spec.query_tile
         n_blocks = max(0, anchor - spec.window + 1) // c
         shape = (*lists, stop - tile)
-        if n_blocks and (width or names):
+        if n_blocks and (width or names or prove):
             scored = rows.score(part, n_blocks)
         else:
             none = torch.zeros(*shape, 0, device=device)
@@ -78,6 +81,8 @@ def run(
             parts.append(values[name])
         keys = budget(values) if callable(budget) else budget
         wanted = blocks_wanted(keys, spec, width, shape, device)
+        if prove:
+            proofs.append(proven(scored, wanted))
         if n_blocks and width:
             picked = rows.choose(scored, part, wanted, width, n_blocks)
         else:
@@ -91,7 +96,16 @@ def run(
     assert blocks is not None
     selection = Selection(spec, blocks, n_queries, n_keys, start, doc_start_BS)
     stats = {n: torch.cat(x, 2) if len(x) > 1 else x[0] for n, x in found.items()}
-    return Chosen(selection, stats)
+    return Chosen(selection, stats, torch.cat(proofs, 2) if prove else None)
+
+
+def proven(scored: Scored, wanted: int | Tensor) -> Tensor:
+    """[B, H, tiles] bool: whether the best of all candidates are among those scored."""
+    if scored.unseen is None:  # no candidates at all
+        return torch.ones(scored.scores.shape[:-1], dtype=torch.bool, device=scored.scores.device)
+    unseen = scored.unseen()
+    above = (comparable(scored.scores) > unseen[..., None]) & scored.allowed
+    return (above.sum(-1) >= wanted) | (unseen == -torch.inf)
 
 
 def blocks_wanted(

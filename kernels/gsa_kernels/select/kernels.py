@@ -1,13 +1,15 @@
 """Selection by the Triton kernels: pooled keys, scores of some tiles, their best blocks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gsa_kernels.index_score import ops as score_ops
-from gsa_kernels.index_score.api import BlockScores, IndexFactors, Scored
+from gsa_kernels.index_score import survivor_ops
+from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors, Scored
+from gsa_kernels.index_score.pooled import both_signs
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
 from . import ops
@@ -19,6 +21,7 @@ LONGEST = 4096  # columns of a row that a program holds in registers
 LONG_ROWS = 1024  # longer rows at a time: each has a list of 4096 candidates or more
 MOST_BLOCKS = 16384  # choices per row that the kernels take
 WIDEST = 128  # index channels
+MOST_HEADS = 64  # index heads of one selection, coarse to fine
 
 
 def no_kernel(factors: BlockScores, spec: SelectionSpec, width: int) -> str:
@@ -34,19 +37,31 @@ def no_kernel(factors: BlockScores, spec: SelectionSpec, width: int) -> str:
         return f"the kernels take up to {WIDEST} index channels, not {factors.q_BTJI.shape[3]}"
     if factors.block_score == "max" and spec.key_block > 128:
         return f"the kernels take the maximum of up to 128 keys, not {spec.key_block}"
+    if isinstance(factors, HierarchicalFactors):
+        return _not_coarse(factors)
+    return ""
+
+
+def _not_coarse(factors: HierarchicalFactors) -> str:
+    if factors.bounded and 2 * factors.q_BTJI.shape[3] > WIDEST:
+        return f"the kernels take bounds of up to {WIDEST // 2} index channels"
+    if factors.q_BTJI.shape[2] > MOST_HEADS * factors.heads:
+        return f"the kernels take up to {MOST_HEADS} index heads per selection, coarse to fine"
     return ""
 
 
 def scores_in_kernel(factors: BlockScores) -> bool:
     """Whether the kernels know this score; other classes compute their own."""
-    return type(factors) is IndexFactors
+    return type(factors) in (IndexFactors, HierarchicalFactors)
 
 
 @dataclass(frozen=True)
 class _Held(Scored):
-    """buffer: the kernel's rows, padded, of which `scores` is a view."""
+    """buffer: the kernel's rows, padded, of which `scores` is a view. survivors [B, H, tiles, P]:
+    the pooling blocks whose blocks these are the scores of."""
 
     buffer: Tensor | None = None
+    survivors: Tensor | None = None
 
 
 class KernelRows(EagerRows):
@@ -133,6 +148,91 @@ class FactorRows(Rows):
         return _top(scored.buffer, n_blocks, wanted, most, self.docs, self.sizes, first)
 
 
+class CoarseRows(FactorRows):
+    """HierarchicalFactors: scores of pooling blocks, a choice among those, scores inside them."""
+
+    factors: HierarchicalFactors
+
+    def __init__(
+        self,
+        factors: HierarchicalFactors,
+        spec: SelectionSpec,
+        layout: TileLayout | None,
+        doc_start_BS: Tensor | None,
+    ) -> None:
+        super().__init__(factors, spec, layout, doc_start_BS)
+        factors.check(spec.key_block)
+        self.ratio = factors.pool // spec.key_block
+        self.running: Tensor | None = None
+
+    def stop(self, tile: int) -> int:
+        coarse = self.factors.k_BSI.shape[1] // self.factors.pool + 1
+        fine = min(self.factors.survivors, coarse) * self.ratio
+        lists = self.q.shape[0] * self.factors.heads
+        rows = SCORES_HELD // (lists * (coarse + fine))
+        if max(coarse, fine) > LONGEST:
+            rows = min(rows, LONG_ROWS // lists)
+        return tile + max(1, min(rows, self.tiles - tile))
+
+    def score(self, tiles: slice, n_blocks: int) -> Scored:
+        factors, pool = self.factors, self.factors.pool
+        single = factors.block_score == "max" and self.spec.key_block > 1
+        if self.keys is None or self.running is None:
+            self.keys = self._scored_keys(single)
+            k = factors.k_BSI.contiguous()
+            self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling)
+            factors.check_weights()
+            self.q_coarse = both_signs(self.q) if factors.bounded else self.q
+            self.pooled = self.running[:, pool - 1 :: pool, None].contiguous()
+        first = self.first_tile + tiles.start
+        columns = -(-n_blocks // self.ratio)
+        shared = (float(factors.scale), factors.activation == "sigmoid")
+        coarse = score_ops.block_scores(
+            self.q_coarse,
+            self.pooled,
+            self.weight,
+            self.bias,
+            self.docs,
+            [*self.sizes, factors.q_start],
+            [first, self.first_tile + tiles.stop, columns],
+            *shared,
+            factors.heads,
+            False,
+            self.running,
+            self.ratio,
+        )
+        most = min(factors.survivors, columns)
+        best = ops.top_blocks(
+            coarse, columns, None, most, most, self.docs, self.sizes, first, None, self.ratio
+        )
+        scores = survivor_ops.survivor_scores(
+            self.q,
+            self.keys,
+            self.weight,
+            self.bias,
+            self.docs,
+            best,
+            [*self.sizes, factors.q_start, self.ratio],
+            first,
+            *shared,
+            single,
+        )
+        held = _Held(scores, scores, buffer=scores, survivors=best)
+        if self.tile_layout is None:  # no statistics: nobody asks who is allowed
+            return held
+        unseen = factors.unseen(coarse[..., :columns], self.tile_layout, tiles)
+        return replace(held, allowed=scores != -torch.inf, unseen=unseen)
+
+    def choose(
+        self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
+    ) -> Tensor:
+        assert isinstance(scored, _Held)
+        scores = scored.scores
+        width = min(most, scores.shape[-1])
+        parents = (scored.survivors, self.ratio)
+        return _top(scores, scores.shape[-1], wanted, width, None, [], 0, *parents)
+
+
 def _top(
     scores: Tensor,
     columns: int,
@@ -141,7 +241,11 @@ def _top(
     docs: Tensor | None,
     sizes: list[int],
     first_tile: int,
+    parents: Tensor | None = None,
+    ratio: int = 1,
 ) -> Tensor:
     most, each = (wanted, None) if isinstance(wanted, int) else (width, wanted)
     each = None if each is None else each.to(torch.int32).contiguous()
-    return ops.top_blocks(scores, columns, each, most, width, docs, sizes, first_tile)
+    return ops.top_blocks(
+        scores, columns, each, most, width, docs, sizes, first_tile, parents, ratio
+    )

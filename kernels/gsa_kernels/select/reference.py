@@ -30,6 +30,7 @@ def select(
     doc_start_BS: Tensor | None,
     previous: Selection | None,
     names: tuple[str, ...],
+    prove: bool = False,
 ) -> Chosen:
     """The definition: sort the candidates of each anchor by (score down, position up)."""
     c, start = spec.key_block, factors.q_start
@@ -41,6 +42,7 @@ def select(
     tiles = layout.n_tiles
     blocks = torch.full((batch, heads, tiles, width), -1, dtype=torch.int32)
     stats = {name: torch.zeros(batch, heads, tiles, *TAIL.get(name, ())) for name in names}
+    proven = torch.zeros(batch, heads, tiles, dtype=torch.bool)
     for b in range(batch):
         for h in range(heads):
             for i in range(tiles):
@@ -54,8 +56,11 @@ def select(
                 local = max(0, anchor - spec.window + 1) // c
                 low = -(-(doc + spec.sinks) // c) if spec.sinks else doc // c
                 values = {j: rows(b, h, i)[j].float() for j in range(low, local)}
+                left_out = -math.inf
                 if isinstance(factors, HierarchicalFactors):
-                    kept_pools = survivors(factors, layout, doc_start_BS, b, h, i, sorted(values))
+                    pools = coarse_order(factors, layout, doc_start_BS, b, h, i, sorted(values))
+                    kept_pools = list(pools)[: factors.survivors]
+                    left_out = max([-math.inf, *list(pools.values())[factors.survivors :]])
                     values = {
                         j: v for j, v in values.items() if j * c // factors.pool in kept_pools
                     }
@@ -69,10 +74,12 @@ def select(
                 n = min(spec.blocks_for(keys), width)
                 order = sorted(values, key=lambda j: (-float(comparable(values[j])), j))
                 chosen = sorted(order[:n])
+                above = sum(float(comparable(v)) > left_out for v in values.values())
+                proven[b, h, i] = left_out == -math.inf or above >= n
                 blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     blocks = blocks.to(factors.k_BSI.device)
     selection = Selection(spec, blocks, n_queries, n_keys, start, doc_start_BS)
-    return Chosen(selection, stats)
+    return Chosen(selection, stats, proven.to(blocks.device) if prove else None)
 
 
 def score_rows(
@@ -120,7 +127,7 @@ def pool_score(
     return pooled_score(factors, b, anchor - factors.q_start, keys, factors.pooling)[h].float()
 
 
-def survivors(
+def coarse_order(
     factors: HierarchicalFactors,
     layout: TileLayout,
     doc_start_BS: Tensor | None,
@@ -128,14 +135,14 @@ def survivors(
     h: int,
     i: int,
     candidates: list[int],
-) -> list[int]:
-    """The best pooling blocks among those that hold a candidate."""
+) -> dict[int, float]:
+    """Scores of the pooling blocks that hold a candidate, as compared, the best first."""
     pools = sorted({j * layout.spec.key_block // factors.pool for j in candidates})
     score = {
-        p: comparable(pool_score(factors, layout, doc_start_BS, b, h, i, p * factors.pool))
+        p: float(comparable(pool_score(factors, layout, doc_start_BS, b, h, i, p * factors.pool)))
         for p in pools
     }
-    return sorted(pools, key=lambda p: (-float(score[p]), p))[: factors.survivors]
+    return {p: score[p] for p in sorted(pools, key=lambda p: (-score[p], p))}
 
 
 def describe(values: list[Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ def top_blocks(
     docs: Tensor | None,
     sizes: list[int],
     first_tile: int,
+    parents: Tensor | None,
+    ratio: int,
     fine: Tensor,
 ) -> Tensor:
     """[B, H, rows, width] int32; see ops.top_blocks. fine [1] int32 is set to 0 by NaN."""
@@ -28,9 +30,10 @@ def top_blocks(
     device = scores.device
     out = torch.empty(batch, heads, rows, width, device=device, dtype=torch.int32)
     known, held = scores if wanted is None else wanted, scores if docs is None else docs
+    lists = scores if parents is None else parents
     s = 0 if docs is None else docs.shape[1]
     common = dict(
-        H=heads, C=c, R=r, WINDOW=window, SINKS=sinks,
+        H=heads, C=c, R=r, WINDOW=window, SINKS=sinks, RATIO=ratio,
         HAS_DOCS=docs is not None, HAS_WANTED=wanted is not None,
     )  # fmt: skip
     ranged, listed = bool(sizes), columns > LONGEST
@@ -50,9 +53,9 @@ def top_blocks(
     bn = max(32, power_of_2(length))
     bm = min(8, max(1, 512 // bn))
     select_kernel[(ceil_div(rows, bm), batch * heads)](
-        short, found, count, known, held, out, fine,
-        s, first_tile, rows, length, stride, most, width,
-        **common, RANGE=ranged and not listed, LISTED=listed,
+        short, found, count, known, held, lists, out, fine,
+        s, first_tile, rows, length, stride, most, width, lists.shape[-1],
+        **common, RANGE=ranged and not listed, LISTED=listed, PARENTS=parents is not None,
         BM=bm, BN=bn, BW=min(256, power_of_2(width)),
         num_warps=min(32, max(1, bn // (WARP // 2 if listed else WARP))),
     )  # fmt: skip

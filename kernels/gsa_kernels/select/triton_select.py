@@ -76,6 +76,7 @@ def shrink_kernel(
     R: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    RATIO: tl.constexpr,  # key blocks per column
     RANGE: tl.constexpr,  # candidates follow from the position, in rows padded to 16
     HAS_DOCS: tl.constexpr,
     HAS_WANTED: tl.constexpr,
@@ -87,7 +88,7 @@ def shrink_kernel(
     if RANGE:
         b = tl.program_id(1) // H
         first, end = candidate_range(
-            b, first_tile + row, docs_ptr, S, row >= 0, C, R, WINDOW, SINKS, HAS_DOCS
+            b, first_tile + row, docs_ptr, S, row >= 0, C, R, WINDOW, SINKS, HAS_DOCS, RATIO
         )
     begin = first // 16 * 16
     row_ptr = score_ptr + entry * stride
@@ -154,13 +155,14 @@ def shrink_kernel(
     tl.store(count_ptr + entry, total)
 
 
-@triton.jit(do_not_specialize=["first_tile", "rows", "n_columns", "most", "width"])
+@triton.jit(do_not_specialize=["first_tile", "rows", "n_columns", "most", "width", "n_parents"])
 def select_kernel(
     score_ptr,  # [B, H, rows, stride] float32
     column_ptr,  # [B, H, rows, stride] int32, where LISTED: ascending
     count_ptr,  # [B, H, rows] int32, where LISTED
     wanted_ptr,  # [B, H, rows] int32
     docs_ptr,  # [B, S]
+    parent_ptr,  # [B, H, rows, n_parents] int32, where PARENTS: ascending
     out_ptr,  # [B, H, rows, width] int32
     fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
     S,
@@ -170,13 +172,16 @@ def select_kernel(
     stride,
     most,
     width,
+    n_parents,
     H: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    RATIO: tl.constexpr,
     RANGE: tl.constexpr,
     LISTED: tl.constexpr,
+    PARENTS: tl.constexpr,  # column n is block n % RATIO of the pooling block parents[n // RATIO]
     HAS_DOCS: tl.constexpr,
     HAS_WANTED: tl.constexpr,
     BM: tl.constexpr,
@@ -190,7 +195,7 @@ def select_kernel(
     if RANGE:
         b = tl.program_id(1) // H
         first, end = candidate_range(
-            b, first_tile + row, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS
+            b, first_tile + row, docs_ptr, S, row_ok, C, R, WINDOW, SINKS, HAS_DOCS, RATIO
         )
     if LISTED:
         end = tl.load(count_ptr + entry, mask=row_ok, other=0)
@@ -228,6 +233,10 @@ def select_kernel(
     found = column
     if LISTED:
         found = tl.load(column_ptr + place, mask=keep, other=0)
+    if PARENTS:
+        parents = parent_ptr + entry[:, None] * n_parents
+        parent = tl.load(parents + found // RATIO, mask=keep, other=0)
+        found = parent * RATIO + found % RATIO
     out = out_ptr + entry[:, None] * width
     tl.store(out + ((rank >> 16) + ties - 1), found, mask=keep)
     for low in range(0, width, BW):

@@ -65,7 +65,7 @@ class IndexerBench(LayerBench):
             (
                 "hierarchical",
                 lambda shape, case: hierarchical_records(
-                    shape, case, s.pool, s.survivors, s.seconds / 2
+                    shape, case, s.pooling, s.pool, s.survivors, s.seconds / 2
                 ),
             )
         )

@@ -8,6 +8,7 @@ _BESIDE = {"choices": ("flex", "flex_kernel", "fla", "attn_gym", "xformers")}
 _DENSE = {"choices": ("cudnn", "flash", "efficient", "math", "fa3", "xformers")}
 _MODES = {"choices": ("tile", "block", "token")}
 _INPUTS = {"choices": ("random", "smooth", "checkpoint")}
+_POOLINGS = {"choices": ("mean", "max", "bound")}
 _DEVICES = {"choices": ("auto", "cuda", "cpu")}
 _DTYPES = {"choices": ("auto", "bfloat16", "float16", "float32")}
 _IMPLS = {"choices": ("auto", "triton", "eager")}
@@ -56,6 +57,7 @@ class AttentionBenchSettings(LayerBenchSettings):
 
 @dataclass
 class IndexerBenchSettings(LayerBenchSettings):
+    pooling: list[str] = field(default_factory=lambda: ["mean", "bound"], metadata=_POOLINGS)
     pool: list[int] = field(default_factory=lambda: [128, 256, 512])  # 0: leave it out
     survivors: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
     dense_rows: int = 8  # query tiles of the KL over every candidate; 0 = no KL
