@@ -56,7 +56,7 @@ def user(cfg):
 
 def wait(cfg):
     (Path(cfg.run_dir) / "started").touch()
-    for _ in range(600):
+    for _ in range(6000):  # far longer than a test takes, which may come late to it
         time.sleep(0.05)
     return {}
 
@@ -107,10 +107,10 @@ def lightning(cfg):
             (Path(cfg.run_dir) / "started").touch()
 
     trainer = Trainer(
-        max_steps=600, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        max_steps=6000, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Started()],
     )
-    trainer.fit(Model(), torch.utils.data.DataLoader(torch.ones(600, 1)))
+    trainer.fit(Model(), torch.utils.data.DataLoader(torch.ones(6000, 1)))
     return {}
 """
 
@@ -212,12 +212,12 @@ def start(cfg: DictConfig, stub: str, inline: bool | None = None) -> subprocess.
 
 def signal_when_started(cfg: DictConfig, process: subprocess.Popen[str], number: int) -> str:
     """Send the signal once the stub trains; returns stderr after the process has ended."""
-    limit = time.time() + 60
+    limit = time.time() + 180
     while not list(Path(cfg.output_root).glob("job/*/started")):
         assert process.poll() is None and time.time() < limit, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=180)[1]
 
 
 def test_inline_run_leaves_a_readable_folder_and_a_finished_run(cfg: DictConfig) -> None:
@@ -234,7 +234,7 @@ def test_inline_run_leaves_a_readable_folder_and_a_finished_run(cfg: DictConfig)
 
 
 def test_parent_loads_no_torch(cfg: DictConfig) -> None:
-    output, errors = start(cfg, "plain").communicate(timeout=60)
+    output, errors = start(cfg, "plain").communicate(timeout=180)
     assert json.loads(output)["torch"] is False, errors
 
 
@@ -292,7 +292,7 @@ def test_exception_inline_is_raised_as_it_is(cfg: DictConfig) -> None:
 @pytest.mark.parametrize("inline", [True, False])
 def test_user_error_before_training_leaves_nothing(cfg: DictConfig, inline: bool) -> None:
     process = start(cfg, "user", inline)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert process.returncode == 2
     assert "Traceback" not in output + errors
     assert "context=4096 is longer than the data" in errors

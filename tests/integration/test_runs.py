@@ -28,7 +28,7 @@ from pathlib import Path
 
 def wait(cfg):
     (Path(cfg.run_dir) / "started").touch()
-    time.sleep(60)
+    time.sleep(600)
 """
 CODE = """
 import json, sys
@@ -64,7 +64,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
                 command, env=os.environ | {"PYTHONPATH": python_path}, stderr=subprocess.DEVNULL
             )
         )
-    limit = time.time() + 60
+    limit = time.time() + 180
     while len(list((root / "runs").glob("*/*/started"))) < 2:
         assert time.time() < limit and all(process.poll() is None for process in processes)
         time.sleep(0.05)

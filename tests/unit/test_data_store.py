@@ -127,7 +127,7 @@ def test_a_crash_while_building_leaves_nothing_in_use(
         patch.setattr(store_module, "_write", lambda handle, data: store_module.os._exit(9))
         process = context.Process(target=build, args=(source, tmp_path))
         process.start()
-        process.join(20)
+        process.join(90)
     assert process.exitcode == 9
     assert len(leftovers(tmp_path)) == 1
     store = build(source, tmp_path)
@@ -143,15 +143,15 @@ def test_processes_that_race_build_once(source: FileSource, tmp_path: Path) -> N
         builds = []
         original = store_module._build
         store_module._build = lambda *args: builds.append(1) or original(*args)
-        barrier.wait(20)
+        barrier.wait(90)
         results.put((len(builds), int(build(source, tmp_path).tokens.sum()), len(builds)))
 
     processes = [context.Process(target=work) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=20) for _ in processes]
+    found = [results.get(timeout=90) for _ in processes]
     for process in processes:
-        process.join(20)
+        process.join(90)
     assert sum(after for _, _, after in found) == 1
     assert len({total for _, total, _ in found}) == 1
 

@@ -76,7 +76,7 @@ def test_four_processes_open_a_fresh_database_at_once(tmp_path: Path) -> None:
         )
         for i in range(4)
     ]
-    errors = [process.communicate(timeout=90)[1].decode() for process in processes]
+    errors = [process.communicate(timeout=180)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0], errors
     with sqlite3.connect(tmp_path / "new" / "mlflow.db") as connection:
         assert connection.execute("select count(*) from runs").fetchone() == (4,)
