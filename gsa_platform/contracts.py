@@ -80,6 +80,11 @@ class Part(nn.Module):
         self.config, self.dims = config, dims
 
 
+def undefined(part: object, method: str) -> NotImplementedError:
+    """What a component raises for a method that its contract asks of it and it does not have."""
+    return NotImplementedError(f"{type(part).__name__} does not define {method}()")
+
+
 class Attention(Part):
     """Softmax attention, over a selection or over every key."""
 
@@ -100,11 +105,11 @@ class Attention(Part):
         ([B, T, H, E or 1]), and out_BTHE is the output times the gate; otherwise the host
         multiplies.
         """
-        raise NotImplementedError
+        raise undefined(self, "forward")
 
     def selection_spec(self, sparsity: Sparsity) -> Any:
         """Granularity and forced keys for the indexer; only for attentions that take one."""
-        raise NotImplementedError
+        raise undefined(self, "selection_spec")
 
     def describe(self, device_type: str) -> str:
         """One line for the log: which implementation will run on this device, and why."""
@@ -141,13 +146,13 @@ class Indexer(Part):
         With `needs_attention`, forward also gets the keywords q_BTHE and k_BSKE: the layer's own
         queries and all its keys so far, rotated and detached.
         """
-        raise NotImplementedError
+        raise undefined(self, "forward")
 
     def select(
         self, factors: Any, spec: Any, sparsity: Sparsity, seq: Sequence, previous: Any = None
     ) -> Choice:
         """previous: the unfinished tile of the last call (decoding), else None."""
-        raise NotImplementedError
+        raise undefined(self, "select")
 
     def flops(self, context: int, spec: Any) -> int:
         """Forward FLOPs per token of projections and scoring, for the run's accounts."""
@@ -168,7 +173,7 @@ class Sparsity(Part):
         seq.step is the training step (0 when decoding); spec the selection's granularity, in
         whose blocks count and histogram are given; None: single keys.
         """
-        raise NotImplementedError
+        raise undefined(self, "budget")
 
     def observe(self, statistics: dict[str, Tensor]) -> None:
         """Called after the optimizer step with the step's mean statistics (over the tiles that
@@ -184,7 +189,7 @@ class Sparsity(Part):
 
 class Gate(Part):
     def forward(self, x_BTD: Tensor) -> GateValues:
-        raise NotImplementedError
+        raise undefined(self, "forward")
 
 
 class Objective(Part):

@@ -42,7 +42,7 @@ def preflight(cfg: Any) -> TextDataModule | None:
         model.describe("cuda" if on_gpu else "cpu")
     except UserError:
         raise
-    except Exception:
+    except Exception:  # the training meets it again, where it is recorded; or only meta did
         return None
     return data
 

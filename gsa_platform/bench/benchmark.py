@@ -32,7 +32,7 @@ class Benchmark:
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """The report: device, driver, versions, commit and "records", one of each case."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define run()")
 
     def render(self, report: dict[str, Any]) -> str:
         """The report, for the terminal."""

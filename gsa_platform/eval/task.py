@@ -27,7 +27,7 @@ class EvalTask:
     def evaluate(self, run: EvalRun) -> dict[str, Any]:
         """Numbers, texts and lists of them, for eval.json. Raises UserError if there is nothing to
         evaluate."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define evaluate()")
 
     def render(self, values: dict[str, Any]) -> str:
         """What evaluate returned, for the terminal."""

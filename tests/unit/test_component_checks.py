@@ -91,3 +91,16 @@ def test_every_component_is_accepted_as_it_comes(slot):
             continue
         free = [FREE] if name in ("oracle", "random", "strided") else []
         check("context=16384", f"{slot}={name}", *free)
+
+
+def test_a_method_that_a_component_lacks_is_named():
+    import torch
+
+    from gsa_platform.contracts import Sparsity
+
+    class Hollow(Sparsity):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    with pytest.raises(NotImplementedError, match=r"Hollow does not define budget\(\)"):
+        Hollow().budget(None)
