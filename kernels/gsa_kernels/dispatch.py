@@ -3,10 +3,11 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IMPLEMENTATIONS = ("auto", "eager", "reference", "triton")
 
@@ -44,17 +45,53 @@ def _triton_reason(device_type: str, interpreted: bool) -> str:
     interpreted = interpreted and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         return f"Triton kernels need a CUDA device, not {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return ""
+    return "" if _has_triton() else "the package triton is not installed"
 
 
-def undispatched(body: Callable[..., Tensor], operator: Any) -> Callable[..., Tensor]:
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def undispatched(body: Callable[..., Any], operator: Any) -> Callable[..., Any]:
     """The operator inside torch.compile, its body elsewhere: dispatching a custom operator takes
     the host longer than launching its kernel. Only for operators without gradients."""
 
-    def call(*args: Any) -> Tensor:
-        found: Tensor = operator(*args) if torch.compiler.is_compiling() else body(*args)
-        return found
+    def call(*args: Any) -> Any:
+        return operator(*args) if torch.compiler.is_compiling() else body(*args)
+
+    return call
+
+
+def differentiable(
+    body: Callable[..., Any],
+    operator: Any,
+    setup: Callable[..., None],
+    gradients: Callable[..., Any],
+    operator_gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """As `undispatched`, for operators with gradients.
+
+    setup and the gradients are what `register_autograd` takes, which is called here.
+    operator_gradients: the gradients by operators only, for torch.compile.
+    """
+    operator.register_autograd(operator_gradients, setup_context=setup)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = body(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(ctx, *grads)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        return Direct.apply(*args) if torch.is_grad_enabled() else body(*args)
 
     return call

@@ -109,9 +109,10 @@ def test_the_operators_with_a_gate_are_registered_truthfully(per_head):
     gate = gate_for(q, per_head).to(DEVICE, torch.float32).requires_grad_()
     spec = selection.spec
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, 0]
-    args = (q, k, v, selection.blocks_BHQN, bias, None, gate, sizes, 0.25, False, True, False)
+    blocks = selection.blocks_BHQN.contiguous()
+    args = (q, k, v, blocks, bias, None, gate, sizes, 0.25, False, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.forward, args, test_utils=checks)
+    torch.library.opcheck(ops.forward_operator, args, test_utils=checks)
 
 
 def test_one_compiled_graph_with_a_gate():

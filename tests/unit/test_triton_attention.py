@@ -240,7 +240,7 @@ def test_operators_are_registered_truthfully(granularity):
     blocks = selection.blocks_BHQN.contiguous()
     args = (q, k, v, blocks, bias, docs, None, sizes, 0.25, True, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.forward, args, test_utils=checks)
+    torch.library.opcheck(ops.forward_operator, args, test_utils=checks)
 
 
 def test_float64_is_never_rounded():

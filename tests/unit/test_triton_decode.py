@@ -148,7 +148,7 @@ def test_the_operator_is_registered_truthfully_and_compiles(monkeypatch):
     spec = part.spec
     sizes = [spec.key_block, spec.query_tile, spec.window, spec.sinks, part.q_start]
     args = (q, k, v, part.blocks_BHQN, bias, None, q, sizes, 0.25)
-    torch.library.opcheck(ops.decode, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.decode_operator, args, test_utils=("test_schema", "test_faketensor"))
     monkeypatch.undo()
 
     def call(q, k, v):

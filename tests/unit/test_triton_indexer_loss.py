@@ -408,7 +408,7 @@ def test_no_result_depends_on_uninitialised_memory(kernels, monkeypatch):
 
 
 def test_operators_are_registered_truthfully():
-    from gsa_kernels.index_score.at_ops import listed_scores
+    from gsa_kernels.index_score.at_ops import listed_scores_operator as listed_scores
     from gsa_kernels.indexer_loss import ops
 
     low, selection, mass, q, k, docs = small_objective()
@@ -422,9 +422,9 @@ def test_operators_are_registered_truthfully():
     parts = (low.q_BTJI, keys, low.weight_BTJ, low.bias_J)
     check_op(listed_scores, *parts, blocks, None, 16, 0.3, True)
     check_op(listed_scores, *parts[:3], None, blocks[:, :, :2].contiguous(), tiles, 16, 0.3, False)
-    check_op(ops.kl_rows, mass.requires_grad_(), mass.detach(), True, 1e-6)
-    check_op(ops.block_mass, q, k, tiles, docs, [8, 16, 0, 2])
-    check_op(ops.candidate_blocks, tiles, docs, 2, 63, [8, 16, 7, 3, 0, 2])
+    check_op(ops.mean_kl_operator, mass.requires_grad_(), mass.detach(), True, 1e-6)
+    check_op(ops.block_mass_operator, q, k, tiles, docs, [8, 16, 0, 2])
+    check_op(ops.candidate_blocks_operator, tiles, docs, 2, 63, [8, 16, 7, 3, 0, 2])
 
 
 def test_one_compiled_graph(kernels):

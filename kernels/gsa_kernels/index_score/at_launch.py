@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from gsa_kernels.launch import run
+
 from .triton_at import gradient_kernel, scores_kernel
+from .triton_launch import ceil_div, power_of_2
 
 PROGRAMS = 1024  # of the backward, where rows are few and their lists long
 
@@ -17,8 +19,8 @@ def _sizes(
     """Constants of both kernels. most: slots per step, fewer for large or exact products."""
     heads, width = q.shape[2:]
     groups, slots = blocks.shape[1], blocks.shape[3]
-    bj = max(16, triton.next_power_of_2(heads // groups))
-    bi = max(16, triton.next_power_of_2(width))
+    bj = max(16, power_of_2(heads // groups))
+    bi = max(16, power_of_2(width))
     exact = q.element_size() == keys.element_size() == 4
     large = bj * bi > 2048
     most = 16 if large else min(most, 32 if exact else 64)
@@ -29,7 +31,7 @@ def _sizes(
         R=r,
         BJ=bj,
         BI=bi,
-        BN=min(most, max(16, triton.next_power_of_2(slots))),
+        BN=min(most, max(16, power_of_2(slots))),
         SIGMOID=sigmoid,
         SAME=q.dtype == keys.dtype and q.element_size() == 2,
         WIDE="ieee" if exact else "tf32x3",
@@ -52,7 +54,8 @@ def scores(
     batch, groups, rows, slots = blocks.shape
     out = torch.empty(blocks.shape, device=q.device, dtype=torch.float32)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 64)
-    scores_kernel[(batch * groups * rows, triton.cdiv(slots, sizes["BN"]))](
+    run(
+        scores_kernel, (batch * groups * rows, ceil_div(slots, sizes["BN"])),
         q, keys, weight, weight if bias is None else bias, blocks,
         blocks if tiles is None else tiles, out,
         q.shape[1], keys.shape[1], rows, slots, scale,
@@ -77,13 +80,18 @@ def gradients(
     batch, groups, rows, slots = blocks.shape
     sizes = _sizes(q, keys, blocks, r, sigmoid, 32)
     lines, bn = batch * groups * rows, sizes["BN"]
-    span = triton.cdiv(triton.cdiv(slots, triton.cdiv(PROGRAMS, lines)), bn) * bn
-    splits = triton.cdiv(slots, span)
+    span = ceil_div(ceil_div(slots, ceil_div(PROGRAMS, lines)), bn) * bn
+    splits = ceil_div(slots, span)
+
+    # Whole sums are rounded once and lie where they belong; parts are added up in float32.
+    placed = splits == 1 and tiles is None
+    step = r if placed else 1
+    length = q.shape[1] if placed else rows
+    make = torch.empty if step == 1 else torch.zeros
 
     def part(like: Tensor, *inner: int) -> Tensor:
-        # Parts of a sum are kept in float32; a whole one is rounded once.
         dtype = like.dtype if splits == 1 else torch.float32
-        return torch.empty(splits, batch, rows, *inner, device=q.device, dtype=dtype)
+        return make(splits, batch, length, *inner, device=q.device, dtype=dtype)
 
     heads, width = q.shape[2:]
     dq, dw = part(q, heads, width), part(weight, heads)
@@ -93,16 +101,17 @@ def gradients(
         device=q.device,
         dtype=torch.float32,
     )
-    gradient_kernel[(lines, splits)](
+    run(
+        gradient_kernel, (lines, splits),
         q, keys, weight, weight if bias is None else bias, blocks,
         blocks if tiles is None else tiles, dscore, dq, dk, dw, dbias,
-        q.shape[1], keys.shape[1], rows, slots, span, scale,
-        **sizes, HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
+        q.shape[1], keys.shape[1], rows, slots, length, span, scale,
+        **sizes, STEP=step, HAS_TILES=tiles is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
     return (
-        _placed(dq, q, tiles, r),
+        dq[0] if placed else _placed(dq, q, tiles, r),
         dk.to(keys.dtype),
-        _placed(dw, weight, tiles, r),
+        dw[0] if placed else _placed(dw, weight, tiles, r),
         None if bias is None else dbias.sum(0).to(bias.dtype),
     )
 

@@ -2,12 +2,15 @@
 operator runs.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from gsa_kernels.dispatch import differentiable
 
-@torch.library.custom_op("gsa::listed_scores", mutates_args=())
-def listed_scores(
+
+def _scores(
     q: Tensor,
     keys: Tensor,
     weight: Tensor,
@@ -28,13 +31,15 @@ def listed_scores(
     return at_launch.scores(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid)
 
 
-@listed_scores.register_fake
+listed_scores_operator = torch.library.custom_op("gsa::listed_scores", _scores, mutates_args=())
+
+
+@listed_scores_operator.register_fake
 def _(q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
     return q.new_empty(blocks.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("gsa::listed_scores_backward", mutates_args=())
-def listed_scores_backward(
+def _backward(
     dscore: Tensor,
     q: Tensor,
     keys: Tensor,
@@ -56,7 +61,12 @@ def listed_scores_backward(
     return dq, dk, dw, q.new_empty(0) if dbias is None else dbias
 
 
-@listed_scores_backward.register_fake
+backward_operator = torch.library.custom_op(
+    "gsa::listed_scores_backward", _backward, mutates_args=()
+)
+
+
+@backward_operator.register_fake
 def _(dscore, q, keys, weight, bias, blocks, tiles, r, scale, sigmoid):  # type: ignore[no-untyped-def]
     dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(q), torch.empty_like(keys), torch.empty_like(weight), dbias
@@ -67,12 +77,18 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(q, keys, weight, bias, blocks, tiles)
 
 
-def _gradients(ctx, dscore):  # type: ignore[no-untyped-def]
+def _gradients(backward, ctx, dscore):  # type: ignore[no-untyped-def]
     q, keys, weight, bias, blocks, tiles = ctx.saved_tensors
-    dq, dk, dw, dbias = listed_scores_backward(
+    dq, dk, dw, dbias = backward(
         dscore.contiguous(), q, keys, weight, bias, blocks, tiles, ctx.r, ctx.scale, ctx.sigmoid
     )
     return dq, dk, dw, None if bias is None else dbias, None, None, None, None, None
 
 
-listed_scores.register_autograd(_gradients, setup_context=_setup)
+listed_scores = differentiable(
+    _scores,
+    listed_scores_operator,
+    _setup,
+    partial(_gradients, _backward),
+    partial(_gradients, backward_operator),
+)

@@ -111,20 +111,22 @@ def gradient_kernel(
     block_ptr,
     tiles_ptr,
     dscore_ptr,  # [B, HS, Q, N] float32
-    dq_ptr,  # [SPLITS, B, Q, J, D]
+    dq_ptr,  # [SPLITS, B, ROWS, J, D]: line i is row i STEP
     dk_ptr,  # [B, M, D] float32, zero
-    dw_ptr,  # [SPLITS, B, Q, J]
+    dw_ptr,  # [SPLITS, B, ROWS, J]
     dbias_ptr,  # [SPLITS, B, Q, J] float32
     T,
     M,
     Q,
     N,
+    ROWS,
     span,  # slots of a split, a multiple of BN
     scale,
     J: tl.constexpr,
     D: tl.constexpr,
     HS: tl.constexpr,
     R: tl.constexpr,
+    STEP: tl.constexpr,
     BJ: tl.constexpr,
     BI: tl.constexpr,
     BN: tl.constexpr,
@@ -163,9 +165,11 @@ def gradient_kernel(
     j = tl.arange(0, BJ)
     j_ok = j < JH
     batch = tl.num_programs(0) // (Q * HS)
-    at = ((split.to(tl.int64) * batch + b) * Q + i) * J + hs * JH + j
+    first = split.to(tl.int64) * batch + b
+    head = hs * JH + j
+    at = (first * ROWS + i * STEP) * J + head
     ok = j_ok[:, None] & (e < D)
     tl.store(dq_ptr + at[:, None] * D + e, (dq * scale).to(dq_ptr.dtype.element_ty), mask=ok)
     tl.store(dw_ptr + at, tl.sum(dw, 0).to(dw_ptr.dtype.element_ty), mask=j_ok)
     if HAS_BIAS:
-        tl.store(dbias_ptr + at, tl.sum(dbias, 0), mask=j_ok)
+        tl.store(dbias_ptr + (first * Q + i) * J + head, tl.sum(dbias, 0), mask=j_ok)

@@ -171,9 +171,8 @@ def _kernel_kl(scores: Tensor, mass: Tensor, distribution: str) -> Tensor:
     from . import ops
 
     scores, mass = scores.float().contiguous(), mass.float().contiguous()
-    rows, _ = ops.kl_rows(scores, mass, distribution == "log", _EPS)
-    loss, count = rows.flatten(1).sum(1).unbind()
-    return loss / count.detach().clamp_min(1)
+    loss: Tensor = ops.mean_kl(scores, mass, distribution == "log", _EPS)[0]
+    return loss
 
 
 def _mean_kl(scores: Tensor, mass: Tensor, allowed: Tensor, distribution: str) -> Tensor:

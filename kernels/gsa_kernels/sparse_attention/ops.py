@@ -2,22 +2,26 @@
 graphs see one opaque call each. Imports no triton until an operator runs.
 """
 
+from functools import lru_cache, partial
+
 import torch
 from torch import Tensor
 
+from gsa_kernels.dispatch import differentiable, undispatched
 from gsa_kernels.selection import Selection, SelectionSpec
+
+_spec = lru_cache(SelectionSpec)  # it counts its local slots once
 
 
 def _selection(
     blocks: Tensor, docs: Tensor | None, sizes: list[int], queries: int, keys: int
 ) -> Selection:
     c, r, window, sinks, q_start = sizes
-    spec = SelectionSpec(c, r, window, sinks, blocks.shape[1])
+    spec = _spec(c, r, window, sinks, blocks.shape[1])
     return Selection(spec, blocks, queries, keys, q_start, docs)
 
 
-@torch.library.custom_op("gsa::sparse_attention", mutates_args=())
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,7 +46,10 @@ def forward(
     return triton_launch.forward(q, k, v, selection, bias, docs, scale, need_mass, gate, keep)
 
 
-@forward.register_fake
+forward_operator = torch.library.custom_op("gsa::sparse_attention", _forward, mutates_args=())
+
+
+@forward_operator.register_fake
 def _(q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, keep, deterministic):  # type: ignore[no-untyped-def]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     mass = q.new_empty(blocks.shape if need_mass else (0,), dtype=torch.float32)
@@ -50,8 +57,7 @@ def _(q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, keep, determin
     return torch.empty_like(q), lse, mass, ungated
 
 
-@torch.library.custom_op("gsa::sparse_attention_backward", mutates_args=())
-def backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -81,7 +87,12 @@ def backward(
     return dq, dk, dv, dbias, q.new_empty(0) if dgate is None else dgate
 
 
-@backward.register_fake
+backward_operator = torch.library.custom_op(
+    "gsa::sparse_attention_backward", _backward, mutates_args=()
+)
+
+
+@backward_operator.register_fake
 def _(q, k, v, out, lse, dout, dlse, blocks, bias, docs, gate, sizes, scale, deterministic):  # type: ignore[no-untyped-def]
     dbias, dgate = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (bias, gate))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dgate
@@ -98,7 +109,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-def]
+def _gradients(backward, ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, blocks, bias, docs, gate = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -109,11 +120,16 @@ def _gradients(ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-d
     return dq, dk, dv, None, dbias, None, dgate, None, None, None, None, None
 
 
-forward.register_autograd(_gradients, setup_context=_setup)
+forward = differentiable(
+    _forward,
+    forward_operator,
+    _setup,
+    partial(_gradients, _backward),
+    partial(_gradients, backward_operator),
+)
 
 
-@torch.library.custom_op("gsa::sparse_attention_decode", mutates_args=())
-def decode(
+def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -132,7 +148,11 @@ def decode(
     return triton_decode.decode(q, k, v, selection, bias, docs, gate, scale)
 
 
-@decode.register_fake
+decode_operator = torch.library.custom_op("gsa::sparse_attention_decode", _decode, mutates_args=())
+decode = undispatched(_decode, decode_operator)
+
+
+@decode_operator.register_fake
 def _(q, k, v, blocks, bias, docs, gate, sizes, scale):  # type: ignore[no-untyped-def]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return torch.empty_like(q), lse

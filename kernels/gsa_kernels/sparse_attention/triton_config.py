@@ -6,6 +6,7 @@ and 3 stages, owned_keys with 64 rows and 4 warps (144 B spilled outside the loo
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -22,6 +23,7 @@ class Launch:
     tma: bool = False
 
 
+@cache  # asking a device takes the host microseconds
 def has_tma(device: torch.device) -> bool:
     """Whether the device has a tensor memory accelerator; the interpreter behaves as if."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9

@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
+from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
 
 from . import triton_config as config
-from .inverted import invert
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
+from .triton_inverted import invert
+from .triton_tiles import tile_table
 from .triton_token import invert_kernel, owned_kernel, pack_kernel, pair_sums_kernel
 from .triton_union import OWNED, UNITED, Unions, unite
 
@@ -66,23 +68,19 @@ def _plan(
     r = UNITED if united else spec.query_tile
     first_tile = selection.q_start // r
     union = unite(selection, docs, starts) if united else None
-    if union is not None:
-        lists, counts = union.lists_BHUN, union.counts_BHU
+    if union is None:
+        lists = blocks
+        counts, sinks = tile_table(selection, r, False)
+        assert counts is not None
     else:
-        lists, counts = blocks, (blocks >= 0).sum(-1, dtype=torch.int32)
-    sinks = None
-    if spec.sinks and not (united and spec.key_block == 1):
-        layout = selection.layout
-        sinks = torch.stack([layout.sink_lo_BQ, layout.sink_hi_BQ], -1).to(torch.int32)
-        if united:  # those of a tile's first query; see _no_kernel for why they serve all
-            first = torch.arange(lists.shape[2], device=blocks.device) + first_tile
-            sinks = sinks[:, (first * r - selection.q_start).clamp_min(0)]
-        sinks = sinks.contiguous()
+        lists, counts, sinks = union.lists_BHUN, union.counts_BHU, None
+        if spec.key_block > 1:
+            _, sinks = tile_table(selection, r, True)
     constants = dict(
         H=heads,
         K=kv_heads,
         E=e,
-        BE=max(16, triton.next_power_of_2(e)),
+        BE=max(16, power_of_2(e)),
         HS=blocks.shape[1],
         C=spec.key_block,
         R=r,
@@ -105,7 +103,13 @@ def _boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
         return list(tensors)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return [TensorDescriptor.from_tensor(x.flatten(2), [1, rows, x.shape[3]]) for x in tensors]
+    found: list[object] = []
+    for x in tensors:
+        batch, length, heads, width = x.shape
+        row = heads * width
+        strides = [length * row, row, 1]
+        found.append(TensorDescriptor(x, [batch, length, row], strides, [1, rows, width]))
+    return found
 
 
 def forward(
@@ -133,7 +137,7 @@ def forward(
     launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
-    sub, parts = max(1, c // launch.keys), triton.cdiv(plan.rows, launch.rows)
+    sub, parts = max(1, c // launch.keys), ceil_div(plan.rows, launch.rows)
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
     keep = keep and gate is not None
@@ -145,7 +149,8 @@ def forward(
             (batch, heads, queries, own) if united else shape, device=q.device, dtype=torch.float32
         )
     tma = _tma(launch, q) and c % launch.keys == 0
-    forward_kernel[(plan.tiles * parts, batch * kv_heads)](
+    run(
+        forward_kernel, (plan.tiles * parts, batch * kv_heads),
         q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
         plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
@@ -162,16 +167,18 @@ def forward(
     if need_mass and plan.single:
         _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
     elif need_mass:
-        bn = min(32, triton.next_power_of_2(own))
-        groups, columns = batch * blocks.shape[1], triton.cdiv(own, bn)
+        bn = min(32, power_of_2(own))
+        groups, columns = batch * blocks.shape[1], ceil_div(own, bn)
         if united:
             counts = (blocks >= 0).sum(-1, dtype=torch.int32)
-            own_mass_kernel[(triton.cdiv(queries, 64), groups, columns)](
+            run(
+                own_mass_kernel, (ceil_div(queries, 64), groups, columns),
                 slot_lse, lse, mass, counts, queries, own,
                 H=heads, HS=blocks.shape[1], BT=64, BN=bn,
             )  # fmt: skip
         else:
-            mass_kernel[(plan.tiles, groups, columns)](
+            run(
+                mass_kernel, (plan.tiles, groups, columns),
                 slot_lse, lse, mass, plan.counts, queries, selection.q_start, plan.first_tile,
                 plan.tiles, slots, H=heads, K=kv_heads, HS=blocks.shape[1],
                 R=plan.constants["R"], SUB=sub, BM=launch.rows, BN=bn,
@@ -214,7 +221,8 @@ def backward(
         inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
     # More rows of three tensors would not fit the registers.
     bt = 64 if gate is None else min(64, 4096 // plan.constants["BE"])
-    delta_kernel[(triton.cdiv(queries, bt), batch * heads)](
+    run(
+        delta_kernel, (ceil_div(queries, bt), batch * heads),
         out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
         HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
         E=width, BE=plan.constants["BE"], BT=bt,
@@ -227,12 +235,12 @@ def backward(
     if whole:
         dk, dv = torch.empty_like(k), torch.empty_like(v)
     else:
-        dk, dv = (torch.zeros(k.shape, device=k.device, dtype=torch.float32) for _ in range(2))
+        dk, dv = torch.zeros((2, *k.shape), device=k.device, dtype=torch.float32).unbind()
     dq = torch.empty_like(q)
     launch = config.query_gradient(
         plan.rows, c, width, q.element_size(), q.device, united, not owned
     )
-    parts = triton.cdiv(plan.rows, launch.rows)
+    parts = ceil_div(plan.rows, launch.rows)
     tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
     if bias is not None and not plan.single:
@@ -240,7 +248,8 @@ def backward(
             batch, kv_heads, plan.tiles, parts, own
         )  # fmt: skip
         dbias = torch.zeros(shape, device=q.device, dtype=torch.float32)
-    dq_kernel[(plan.tiles * parts, batch * kv_heads)](
+    run(
+        dq_kernel, (plan.tiles * parts, batch * kv_heads),
         q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
         plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), dbias,
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
@@ -262,10 +271,12 @@ def backward(
         tiles = blocks.shape[2]
         entries = tiles * (own + selection.sink_slots)
         longest = max(1, entries if whole else config.ROWS_PER_SEGMENT // (r * group))
-        lists = invert(selection, longest)
-        dkv_kernel[(lists.segments_BHG4.shape[2], batch * kv_heads)](
+        lists = invert(selection, longest, bias is not None)
+        run(
+            dkv_kernel, (lists.segments_BHG4.shape[2], batch * kv_heads),
             q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
-            lists.segments_BHG4, lists.tiles_BHL, lists.places_BHL, _or(bias, lse),
+            lists.segments_BHG4, lists.tiles_BHL, _or(lists.places_BHL, lists.tiles_BHL),
+            _or(bias, lse),
             _or(docs, blocks),
             queries, keys, selection.q_start, selection.q_start // r, tiles, entries, tiles * own,
             scale, scale * LOG2E,
@@ -274,8 +285,10 @@ def backward(
             MANY=not whole, TMA=tma, STAGES=launch.stages,
             num_warps=launch.warps,
         )  # fmt: skip
+    # Results of an operator may not share their storage.
+    dk, dv = (x.to(k.dtype, copy=not whole) for x in (dk, dv))
     if bias is None:
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, dgate
+        return dq, dk, dv, None, dgate
     if plan.single:
         dbias = torch.empty(bias.shape, device=q.device, dtype=torch.float32)
         _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
@@ -284,7 +297,7 @@ def backward(
     else:
         dbias = dbias.sum(3)
         dbias = dbias.sum(1, keepdim=True) if blocks.shape[1] == 1 else dbias
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), dgate
+    return dq, dk, dv, dbias.to(bias.dtype), dgate
 
 
 def _pairs(selection: Selection) -> int:
@@ -311,7 +324,8 @@ def _packed(plan: _Plan, selection: Selection, bias: Tensor | None) -> Tensor | 
     packed = torch.empty(
         batch, heads, plan.tiles, max(1, pairs), device=bias.device, dtype=torch.float32
     )
-    pack_kernel[(plan.tiles, batch * heads)](
+    run(
+        pack_kernel, (plan.tiles, batch * heads),
         bias, packed, plan.bits, plan.counts, _or(plan.docs, plan.counts),
         queries, selection.n_keys, own, plan.lists.shape[3], pairs, selection.q_start,
         **_token_constants(plan, selection), BN=64,
@@ -339,7 +353,8 @@ def _pair_sums(
     heads, width = plan.constants["H"], plan.constants["E"]
     launch = config.pair_sums(width, q.element_size())
     sums.zero_()  # the slots that are not used
-    pair_sums_kernel[(plan.tiles, batch * groups)](
+    run(
+        pair_sums_kernel, (plan.tiles, batch * groups),
         q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
         _or(packed, lse), _or(plan.docs, plan.lists),
         queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
@@ -371,13 +386,15 @@ def _owned_keys(
     batch, groups, tiles, owned = starts.shape[:4]
     entries = torch.empty(batch, groups, owned, tiles, device=q.device, dtype=torch.int32)
     used = torch.empty(batch, groups, owned, device=q.device, dtype=torch.int32)
-    invert_kernel[(owned, batch * groups)](
+    run(
+        invert_kernel, (owned, batch * groups),
         starts, counts, entries, used, tiles, selection.n_keys, selection.q_start,
-        OWNED=OWNED, BS=min(1024, max(16, triton.next_power_of_2(tiles))),
+        OWNED=OWNED, BS=min(1024, max(16, power_of_2(tiles))),
     )  # fmt: skip
     c, biased = plan.constants, packed is not None
     launch = config.owned_keys(c["H"] // c["K"], OWNED, c["E"], q.element_size(), biased)
-    owned_kernel[(owned, batch * c["K"])](
+    run(
+        owned_kernel, (owned, batch * c["K"]),
         q, k, v, dout, lse, delta, dk, dv, plan.lists, _or(plan.bits, plan.lists), counts,
         starts, entries, used, _or(packed, lse), _or(plan.docs, plan.lists),
         q.shape[1], k.shape[1], plan.lists.shape[3], _pairs(selection), tiles,

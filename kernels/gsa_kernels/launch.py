@@ -1,0 +1,49 @@
+"""Launches of Triton kernels that look at their arguments once, not every time.
+
+Triton's own launch derives from every argument what the compiled kernel may assume of it (type,
+alignment, divisibility), which takes the host longer than the launch. Here the kernel compiled for
+a key is kept; the key holds all numbers as they are and the types of all tensors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST = 4096  # kernels kept; numbers that grow (decoding) make new keys
+_kept: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants) for the current device.
+
+    args: the arguments that are no constants, in order, tensors first; of tensor descriptors the
+    tensors must be among them. Tensors not aligned to 16 bytes take Triton's way.
+    """
+    if not _keeps(args[0].device):
+        kernel[grid](*args, **constants)
+        return
+    key: list[Any] = [kernel, args[0].device]
+    addresses = 0
+    for x in args:
+        if isinstance(x, Tensor):
+            key.append(x.dtype)
+            addresses |= x.data_ptr()
+        elif isinstance(x, (int, float)):
+            key.append(x)
+    found = None if addresses & 15 else (tuple(key), *constants.items())
+    held = _kept.get(found)
+    if held is None:
+        compiled = kernel[grid](*args, **constants)
+        if found is not None:
+            if len(_kept) >= _MOST:
+                _kept.clear()
+            rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+            _kept[found] = compiled, rest
+        return
+    compiled, rest = held
+    compiled[(*grid, 1, 1)](*args, *rest)
+
+
+def _keeps(device: torch.device) -> bool:
+    return device.type == "cuda"
