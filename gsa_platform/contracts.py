@@ -139,6 +139,7 @@ class Indexer(Part):
     """
 
     needs_attention: bool = False
+    straight_through: bool = False  # it rounds, and its gradients are those without rounding
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: Any) -> Any:
         """Factors of the scores of x's positions.

@@ -6,7 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .fp8 import product_dtype
 from .triton_at import gradient_kernel, scores_kernel
+from .triton_launch import readable
 
 PROGRAMS = 1024  # of the backward, where rows are few and their lists long
 
@@ -19,7 +21,8 @@ def _sizes(
     groups, slots = blocks.shape[1], blocks.shape[3]
     bj = max(16, triton.next_power_of_2(heads // groups))
     bi = max(16, triton.next_power_of_2(width))
-    exact = q.element_size() == keys.element_size() == 4
+    multiplied = product_dtype(q, keys)
+    exact = q.element_size() == multiplied.itemsize == 4
     large = bj * bi > 2048
     most = 16 if large else min(most, 32 if exact else 64)
     return dict(
@@ -31,7 +34,7 @@ def _sizes(
         BI=bi,
         BN=min(most, max(16, triton.next_power_of_2(slots))),
         SIGMOID=sigmoid,
-        SAME=q.dtype == keys.dtype and q.element_size() == 2,
+        SAME=q.dtype == multiplied and q.element_size() == 2,
         WIDE="ieee" if exact else "tf32x3",
         num_warps=8 if large else 2,
     )
@@ -51,6 +54,7 @@ def scores(
     """[B, Hs, Q, N] float32; inputs contiguous."""
     batch, groups, rows, slots = blocks.shape
     out = torch.empty(blocks.shape, device=q.device, dtype=torch.float32)
+    keys = readable(keys, q.dtype)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 64)
     scores_kernel[(batch * groups * rows, triton.cdiv(slots, sizes["BN"]))](
         q, keys, weight, weight if bias is None else bias, blocks,
@@ -75,6 +79,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dkeys, dweight, dbias) in the dtypes of the inputs, which are contiguous."""
     batch, groups, rows, slots = blocks.shape
+    dtype, keys = keys.dtype, readable(keys, q.dtype)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 32)
     lines, bn = batch * groups * rows, sizes["BN"]
     span = triton.cdiv(triton.cdiv(slots, triton.cdiv(PROGRAMS, lines)), bn) * bn
@@ -101,7 +106,7 @@ def gradients(
     )  # fmt: skip
     return (
         _placed(dq, q, tiles, r),
-        dk.to(keys.dtype),
+        dk.to(dtype),
         _placed(dw, weight, tiles, r),
         None if bias is None else dbias.sum(0).to(bias.dtype),
     )

@@ -94,7 +94,7 @@ def dense_kl(
     )
     c = spec.key_block
     prepared = factors.prepare(c, doc_start_BS)
-    total = factors.k_BSI.new_zeros(())
+    total = torch.zeros((), device=factors.k_BSI.device)
     weight = total
     for tile in tiles.tolist():
         n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c
