@@ -56,13 +56,12 @@ CHECKS += [
 ]
 CHECKS += [
     pytest.param(check, id=f"indexer={name}-fp8-{check}")
-    for name, more in (
-        ("gated_lightning", {"block_score": "max"}),
-        ("relu_lightning", {}),
-        ("hierarchical", {"survivors": 7}),
-        ("pooled", {}),
+    for name, beside in (
+        ("gated_lightning", []),
+        ("pooled", ["attention.mode=token"]),
+        ("hierarchical", ["attention.mode=token"]),
     )
-    for check in slot_checks("indexer", name, {"key_dtype": "fp8", **more})
+    for check in slot_checks("indexer", name, {"key_dtype": "fp8"}, beside)
 ]
 
 
