@@ -15,7 +15,7 @@ from torch import Tensor
 from gsa_kernels.index_score import IndexFactors
 from gsa_kernels.index_score.fp8 import fp8_keys
 from gsa_kernels.indexer_loss.api import selected_kl
-from gsa_kernels.select.api import _rows, choose_impl, select
+from gsa_kernels.select.api import _rows, choose, select
 from gsa_kernels.selection import Selection, SelectionSpec, n_tiles
 from gsa_kernels.sparse_attention import sparse_attention
 
@@ -123,7 +123,8 @@ class Case:
     def score(self) -> None:
         """Scoring alone, by the implementation that `select` takes."""
         spec, f, n = self.spec, self.factors, self.q.shape[1]
-        rows = _rows(choose_impl("auto", f, spec, self.budget), f, spec, n, None, False)
+        name, _ = choose("auto", f, spec, self.budget)
+        rows = _rows(name, f, spec, n, None, False)
         tile, tiles, first = 0, n_tiles(spec, n, f.q_start), f.q_start // spec.query_tile
         while tile < tiles:
             stop = min(tiles, rows.stop(tile))

@@ -148,8 +148,9 @@ class IndexFactors(BlockScores):
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         return scores.amax(-1)
 
-    def no_kernel(self, block: int) -> str:
-        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
+    def no_kernel(self, block: int, device: torch.device | None = None) -> str:
+        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can. device:
+        where, if not where the keys are."""
         from .hierarchical import HierarchicalFactors
 
         if type(self) not in (IndexFactors, HierarchicalFactors):
@@ -162,7 +163,7 @@ class IndexFactors(BlockScores):
             return "the kernels take up to 64 index heads per selection, of 128 channels"
         if torch.are_deterministic_algorithms_enabled():
             return "the gradient of the keys is added up atomically"
-        return triton_reason(self.k_BSI.device)
+        return triton_reason(device or self.k_BSI.device)
 
     def listed(
         self,

@@ -83,6 +83,14 @@ class LightningIndexer(BlockIndexer):
         """The score function, from the fields that all of them have."""
         return IndexFactors(**parts)
 
+    def outline(self, spec: SelectionSpec, keys: int) -> IndexFactors:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(1, keys, *shape, dtype=self.k_proj.weight.dtype, device="meta")
+
+        return self._factors(
+            empty(self.heads, self.dim), empty(self.dim), empty(self.heads), spec, 0
+        )
+
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> IndexFactors:
         batch, queries, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, queries, self.heads, self.dim)
@@ -97,16 +105,21 @@ class LightningIndexer(BlockIndexer):
             k = apply_rotary(k[:, :, None], cos, sin)[:, :, 0]
         if self.straight_through:
             k = fp8_keys(k)
+        return self._factors(q, k, self.head_weights(x_BTD), spec, seq.q_start)
+
+    def _factors(
+        self, q_BTJI: Tensor, k_BSI: Tensor, weight_BTJ: Tensor, spec: SelectionSpec, q_start: int
+    ) -> IndexFactors:
         return self.factors(
-            q_BTJI=q,
-            k_BSI=k,
-            weight_BTJ=self.head_weights(x_BTD),
+            q_BTJI=q_BTJI,
+            k_BSI=k_BSI,
+            weight_BTJ=weight_BTJ,
             bias_J=self.head_bias,
             scale=self.scale,
             activation=self.activation,
             block_score=self.block_score,
             heads=spec.heads,
-            q_start=seq.q_start,
+            q_start=q_start,
         )
 
     def flops(self, context: int, spec: SelectionSpec) -> int:
