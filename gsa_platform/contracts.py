@@ -139,6 +139,7 @@ class Indexer(Part):
     """
 
     needs_attention: bool = False
+    straight_through: bool = False  # it rounds, and its gradients are those without rounding
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: Any) -> Any:
         """Factors of the scores of x's positions.
@@ -153,6 +154,10 @@ class Indexer(Part):
     ) -> Choice:
         """previous: the unfinished tile of the last call (decoding), else None."""
         raise undefined(self, "select")
+
+    def describe(self, device_type: str, spec: Any, sparsity: Sparsity) -> str:
+        """One line for the log: which implementation will select on this device, and why."""
+        return ""
 
     def flops(self, context: int, spec: Any) -> int:
         """Forward FLOPs per token of projections and scoring, for the run's accounts."""
@@ -197,6 +202,10 @@ class Objective(Part):
 
     detach_indexer: bool = True  # the indexer reads detached inputs
     need_mass: bool = False  # loss() wants the attention's mass
+
+    def describe(self, device_type: str, spec: Any, indexer: Indexer) -> str:
+        """One line for the log: which implementation will run on this device, and why."""
+        return ""
 
     def dense(self, seq: Sequence) -> bool:
         """Whether this step attends densely (a warm-up of the indexer)."""

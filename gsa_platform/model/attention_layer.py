@@ -77,7 +77,9 @@ class LayerCache:
         elif old.dtype != new.dtype or (
             torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)
         ):
-            whole = torch.cat([old, new], 1)
+            # Types of one byte do not promote; they come with and without gradients.
+            wide = old.dtype if old.dtype.itemsize > new.dtype.itemsize else new.dtype
+            whole = torch.cat([old.to(wide), new.to(wide)], 1)
         else:
             whole = self._write(name, old, new)
         setattr(self, name, whole)

@@ -189,22 +189,35 @@ class Transformer(nn.Module):
                 sparsity.observe(values)
 
     def describe(self, device_type: str) -> list[str]:
-        """One line per distinct attention implementation, with the layers that use it.
+        """One line per distinct implementation of attention, selection and objective, with the
+        layers that use it.
 
         Raises UserError if one that was asked for by name cannot run on the device.
         """
         lines: dict[str, list[int]] = {}
         for i, (name, block) in enumerate(zip(self.attention_names, self.blocks)):
-            attention = block.attention.attention
-            try:
-                line = attention.describe(device_type) or type(attention).__name__
-            except ValueError as error:
-                raise UserError(f"attention={name}: {error}") from error
-            lines.setdefault(line, []).append(i)
+            for line in _implementations(name, block.attention, device_type):
+                lines.setdefault(line, []).append(i)
         return [
             f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}: {line}"
             for line, layers in lines.items()
         ]
+
+
+def _implementations(name: str, layer: AttentionLayer, device_type: str) -> Iterable[str]:
+    attention, indexer, sparsity = layer.attention, layer.indexer, layer.sparsity
+    try:
+        yield attention.describe(device_type) or type(attention).__name__
+    except ValueError as error:
+        raise UserError(f"attention={name}: {error}") from error
+    if indexer is None or sparsity is None:
+        return
+    spec = attention.selection_spec(sparsity)
+    if line := indexer.describe(device_type, spec, sparsity):
+        yield f"selection: {line}"
+    if layer.objective is not None:
+        if line := layer.objective.describe(device_type, spec, indexer):
+            yield f"objective: {line}"
 
 
 def ffn_width(d_model: int, ffn_dim: int) -> int:

@@ -22,6 +22,7 @@ REASONS = (  # why a check may be skipped
     r"its weights depend on the number of key-value heads",
     r"it has no loss of its own, or does not detach the indexer",
     r"the indexer has no (parameters|matrices to learn)",
+    r"the indexer rounds: its gradients are of no difference",
 )
 
 
@@ -52,6 +53,15 @@ CHECKS += [
     for check in slot_checks(
         "indexer", "hierarchical", {"pooling": "bound"}, ["attention.mode=token"]
     )
+]
+CHECKS += [
+    pytest.param(check, id=f"indexer={name}-fp8-{check}")
+    for name, beside in (
+        ("gated_lightning", []),
+        ("pooled", ["attention.mode=token"]),
+        ("hierarchical", ["attention.mode=token"]),
+    )
+    for check in slot_checks("indexer", name, {"key_dtype": "fp8"}, beside)
 ]
 
 

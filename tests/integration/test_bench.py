@@ -105,6 +105,20 @@ def test_indexer():
         assert 0 < row["nothing_left_out"] <= row["proven"] <= 1
 
 
+def test_index_keys_of_a_byte():
+    words = ["--seq-len", "1000", "--pool", "32", "--survivors", "10", "--pooling", "mean"]
+    words += ["--dense-rows", "2", "--key-dtype", "auto", "fp8"]
+    assert main(["bench", "indexer", *SMALL, *words]) == 0
+    by = {(row["key_dtype"], row["pass"]): row for row in records("bench-indexer.json")}
+    assert len(by) == 6 and "recall" not in by["auto", "select"]
+    assert 0.9 < by["fp8", "select"]["recall"] < 1
+    assert by["fp8", "hierarchical"]["recall"] > 0.5
+    assert by["fp8", "objective"]["selected_kl_ms"] > 0
+    words = ["--seq-len", "96", "--passes", "decode", "--decode-batch", "1"]
+    assert main(["bench", "attention", *SMALL, *words, "--key-dtype", "fp8"]) == 0
+    assert {row["key_dtype"] for row in records("bench-attention.json")} == {"fp8"}
+
+
 def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):
     from gsa_kernels.sparse_attention import eager
 

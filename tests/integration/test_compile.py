@@ -31,7 +31,7 @@ CASES = [
     [*BUDGET, "objective=bias"],
     [*BUDGET, "objective=kl", f"objective.warmup_steps={WARM_UP_ENDS}"],
     [*BUDGET, "objective=kl", "data.cross_document=false"],
-    [*BUDGET, "objective=kl", "train.activation_checkpointing=true"],
+    [*BUDGET, "objective=kl", "train.activation_checkpointing=true", "indexer.key_dtype=fp8"],
     [*BUDGET, "sparsity=adaptive_variance", "sparsity.k_min=64", "sparsity.window=32",
      "sparsity.sinks=16"],
     ["attention=sliding_window", "attention.window=64"],

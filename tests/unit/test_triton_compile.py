@@ -44,6 +44,10 @@ SELECTIONS = {
     "sm_90 64 1 8192 4 64 bfloat16 2048 mean docs": [
         "pool_kernel", "score_kernel", "select_kernel",
     ],
+    "sm_90,sm_100 64 64 131072 4 64 bfloat16+float8_e4m3fn 2048 mean": [
+        "pool_kernel", "score_kernel", "select_kernel",
+    ],
+    "sm_90,sm_100 1 1 4096 4 64 bfloat16+float8_e4m3fn 2048 mean mean,256,16": COARSE,
 }  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gsa_kernels.index_score import IndexFactors
+from gsa_kernels.index_score.fp8 import fp8_keys
 from gsa_kernels.indexer_loss.api import selected_kl
-from gsa_kernels.select.api import _rows, choose_impl, select
+from gsa_kernels.select.api import _rows, choose, select
 from gsa_kernels.selection import Selection, SelectionSpec, n_tiles
 from gsa_kernels.sparse_attention import sparse_attention
 
@@ -23,9 +24,10 @@ COLD, MOST_COPIES = 1 << 27, 8  # bytes: more than an L2 cache holds
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured; counts are keys, queries or heads. inputs: where the tensors come from:
-    independent random numbers (the worst case), random index queries that change slowly over
-    `memory` positions, or a checkpoint's layer."""
+    """What is measured; counts are keys, queries or heads. key_dtype: of the index keys, auto (as
+    the queries) or fp8 (see index_score.fp8). inputs: where the tensors come from: independent
+    random numbers (the worst case), random index queries that change slowly over `memory`
+    positions, or a checkpoint's layer."""
 
     mode: str
     spec: SelectionSpec
@@ -39,6 +41,7 @@ class Shape:
     batch: int = 1
     index_heads: int = 4
     index_dim: int = 64
+    key_dtype: str = "auto"
     inputs: str = "random"
     memory: int = 256
     impl: str = "auto"
@@ -59,6 +62,7 @@ class Shape:
             "sinks": self.spec.sinks,
             "index_heads": self.index_heads,
             "index_dim": self.index_dim,
+            "key_dtype": self.key_dtype,
             "dtype": str(self.dtype).removeprefix("torch."),
             "inputs": self.inputs,
             "impl": self.impl,
@@ -99,8 +103,9 @@ class Case:
         return replace(self, factors=factors, **{n: done(getattr(self, n)) for n in attended})
 
     def learn(self) -> "Case":
-        """The same numbers as leaves that take gradients."""
-        return self.each(lambda x: x.detach().requires_grad_())
+        """The same numbers as leaves that take gradients, FP8 keys as training holds them."""
+        wide = replace(self, factors=self.factors.with_keys(self.factors.keys_BSI))
+        return wide.each(lambda x: x.detach().requires_grad_())
 
     def copies(self) -> list["Case"]:
         """This case and as many copies as it takes, used in turn, to read no tensor from a cache
@@ -118,7 +123,8 @@ class Case:
     def score(self) -> None:
         """Scoring alone, by the implementation that `select` takes."""
         spec, f, n = self.spec, self.factors, self.q.shape[1]
-        rows = _rows(choose_impl("auto", f, spec, self.budget), f, spec, n, None, False)
+        name, _ = choose("auto", f, spec, self.budget)
+        rows = _rows(name, f, spec, n, None, False)
         tile, tiles, first = 0, n_tiles(spec, n, f.q_start), f.q_start // spec.query_tile
         while tile < tiles:
             stop = min(tiles, rows.stop(tile))
@@ -192,7 +198,17 @@ def make_case(
     """
     if shape.inputs == "checkpoint":
         assert captured is not None
-        return from_capture(shape, captured, queries)
+        case = from_capture(shape, captured, queries)
+    else:
+        case = _drawn(shape, queries, seed)
+    if shape.key_dtype != "fp8":
+        return case
+    with torch.no_grad():
+        keys = fp8_keys(case.factors.k_BSI)
+    return replace(case, factors=case.factors.with_keys(keys))
+
+
+def _drawn(shape: Shape, queries: int, seed: int) -> Case:
     g = torch.Generator(shape.device).manual_seed(seed)
     e, j, i = shape.head_dim, shape.index_heads, shape.index_dim
     keys, rows = shape.seq_len, queries or shape.seq_len

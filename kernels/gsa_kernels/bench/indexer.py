@@ -57,18 +57,25 @@ def _layout(case: Case) -> TileLayout:
     return tile_layout(case.spec, n, n, 0, None, case.q.device)
 
 
-def indexer_record(shape: Shape, case: Case, budget_s: float = 1.0) -> dict[str, Any]:
-    """Scoring and selection of a whole sequence beside the torch.topk pipeline."""
+def indexer_record(
+    shape: Shape, case: Case, budget_s: float = 1.0, exact: Case | None = None
+) -> dict[str, Any]:
+    """Scoring and selection of a whole sequence beside the torch.topk pipeline. exact: the case
+    whose choice recall counts, where this one's keys are rounded."""
     device = case.q.device
     with torch.no_grad():
         selection = case.choose()
         plain = topk_blocks(case)
+        recalled = {}
+        if exact is not None:
+            recalled["recall"] = recall(selection.blocks_BHQN, exact.choose().blocks_BHQN)
         score = milliseconds(case.score, device, budget_s)
         choose = milliseconds(case.choose, device, budget_s)
         topk = milliseconds(lambda: topk_blocks(case), device, budget_s)
         return {
             **shape.fields(),
             "pass": "select",
+            **recalled,
             "score_ms": score,
             "select_ms": max(0.0, choose - score),
             "choose_ms": choose,
@@ -87,11 +94,12 @@ def hierarchical_records(
     pools: list[int],
     survivors: list[int],
     budget_s: float = 0.5,
+    exact: Case | None = None,
 ) -> list[dict[str, Any]]:
     """Recall against cost of coarse-to-fine selection, for each pooling, pool and number of
     survivors; of bounds (not taken of ReLU scores) also the share of tiles they prove exact, which
-    takes in those that leave nothing out."""
-    exact = case.choose()
+    takes in those that leave nothing out. exact: the case whose choice is recalled, if another."""
+    wanted = (exact or case).choose()
     rows = []
     given = {f.name: getattr(case.factors, f.name) for f in fields(IndexFactors)}
     for pooling, pool, n in itertools.product(poolings, pools, survivors):
@@ -117,7 +125,7 @@ def hierarchical_records(
             "pool": pool,
             "survivors": n,
             "nothing_left_out": _all_survive(case, pool, n),
-            "recall": recall(found.selection.blocks_BHQN, exact.blocks_BHQN),
+            "recall": recall(found.selection.blocks_BHQN, wanted.blocks_BHQN),
             "choose_ms": ms,
             "scored": min(n * pool, shape.seq_len) // blocks
             + shape.seq_len // pool * (2 if bound else 1),

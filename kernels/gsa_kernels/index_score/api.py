@@ -2,6 +2,7 @@
 
 from .attention import AttentionScores
 from .factors import ACTIVATIONS, BLOCK_SCORES, IndexFactors
+from .fp8 import FP8, KEY_DTYPES, fp8_keys
 from .hierarchical import HierarchicalFactors
 from .keys import pool_keys
 from .pooled import BOUND, POOLINGS, PooledFactors
@@ -12,6 +13,8 @@ __all__ = [
     "ACTIVATIONS",
     "BLOCK_SCORES",
     "BOUND",
+    "FP8",
+    "KEY_DTYPES",
     "POOLINGS",
     "AttentionScores",
     "BlockScores",
@@ -21,6 +24,7 @@ __all__ = [
     "RandomScores",
     "Scored",
     "StridedScores",
+    "fp8_keys",
     "pool_keys",
     "scores_at",
     "_CHUNK",

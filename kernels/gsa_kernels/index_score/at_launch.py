@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gsa_kernels.launch import run
 
+from .fp8 import product_dtype
 from .triton_at import gradient_kernel, scores_kernel
-from .triton_launch import ceil_div, power_of_2
+from .triton_launch import ceil_div, power_of_2, readable
 
 PROGRAMS = 1024  # of the backward, where rows are few and their lists long
 
@@ -21,7 +22,8 @@ def _sizes(
     groups, slots = blocks.shape[1], blocks.shape[3]
     bj = max(16, power_of_2(heads // groups))
     bi = max(16, power_of_2(width))
-    exact = q.element_size() == keys.element_size() == 4
+    multiplied = product_dtype(q, keys)
+    exact = q.element_size() == multiplied.itemsize == 4
     large = bj * bi > 2048
     most = 16 if large else min(most, 32 if exact else 64)
     return dict(
@@ -33,7 +35,7 @@ def _sizes(
         BI=bi,
         BN=min(most, max(16, power_of_2(slots))),
         SIGMOID=sigmoid,
-        SAME=q.dtype == keys.dtype and q.element_size() == 2,
+        SAME=q.dtype == multiplied and q.element_size() == 2,
         WIDE="ieee" if exact else "tf32x3",
         num_warps=8 if large else 2,
     )
@@ -53,6 +55,7 @@ def scores(
     """[B, Hs, Q, N] float32; inputs contiguous."""
     batch, groups, rows, slots = blocks.shape
     out = torch.empty(blocks.shape, device=q.device, dtype=torch.float32)
+    keys = readable(keys, q.dtype)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 64)
     run(
         scores_kernel, (batch * groups * rows, ceil_div(slots, sizes["BN"])),
@@ -78,6 +81,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dkeys, dweight, dbias) in the dtypes of the inputs, which are contiguous."""
     batch, groups, rows, slots = blocks.shape
+    dtype, keys = keys.dtype, readable(keys, q.dtype)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 32)
     lines, bn = batch * groups * rows, sizes["BN"]
     span = ceil_div(ceil_div(slots, ceil_div(PROGRAMS, lines)), bn) * bn
@@ -110,7 +114,7 @@ def gradients(
     )  # fmt: skip
     return (
         dq[0] if placed else _placed(dq, q, tiles, r),
-        dk.to(keys.dtype),
+        dk.to(dtype),
         dw[0] if placed else _placed(dw, weight, tiles, r),
         None if bias is None else dbias.sum(0).to(bias.dtype),
     )

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from gsa_kernels.dispatch import triton_reason
 from gsa_kernels.selection import Selection, SelectionSpec, TileLayout
 
+from .fp8 import product_dtype
 from .keys import own_document, pool_keys, take, wide
 from .scores import _CHUNK, BlockScores
 
@@ -30,8 +31,9 @@ BLOCK_SCORES = ("mean", "max")
 class IndexFactors(BlockScores):
     """Factors of the scores of queries q_start .. q_start + T - 1 against keys 0 .. S - 1.
 
-    q_BTJI, k_BSI, weight_BTJ (already activated), bias_J or None. `block_score` says how a block
-    of C keys is scored: from its mean key, or as the largest score of its keys.
+    q_BTJI, k_BSI (of the same type, or FP8: see fp8.py), weight_BTJ (already activated), bias_J or
+    None. `block_score` says how a block of C keys is scored: from its mean key, or as the largest
+    score of its keys.
     Raises ValueError for an unknown activation or block_score, and heads that do not divide J.
     """
 
@@ -64,6 +66,11 @@ class IndexFactors(BlockScores):
         """Largest possible score of a selection head for weights in (0, 1); inf for ReLU."""
         per_head = self.q_BTJI.shape[2] // self.heads
         return float(per_head) if self.activation == "sigmoid" else float("inf")
+
+    @property
+    def keys_BSI(self) -> Tensor:
+        """k_BSI in a type that PyTorch computes with: FP8 keys in that of the queries."""
+        return self.k_BSI.to(product_dtype(self.q_BTJI, self.k_BSI))
 
     def with_keys(self, k_BSI: Tensor) -> "IndexFactors":
         """The same queries against other keys (a cache, or pooled keys)."""
@@ -121,7 +128,7 @@ class IndexFactors(BlockScores):
 
     def _scored_keys(self, block: int, doc_start_BS: Tensor | None) -> Tensor:
         mean = self._from_mean(block)
-        return pool_keys(self.k_BSI, block, doc_start_BS) if mean else self.k_BSI
+        return pool_keys(self.keys_BSI, block, doc_start_BS) if mean else self.keys_BSI
 
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
         """(what is scored: block means or single keys, documents)."""
@@ -141,8 +148,9 @@ class IndexFactors(BlockScores):
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         return scores.amax(-1)
 
-    def no_kernel(self, block: int) -> str:
-        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can."""
+    def no_kernel(self, block: int, device: torch.device | None = None) -> str:
+        """Why blocks of `block` keys cannot be scored by `listed`; empty where they can. device:
+        where, if not where the keys are."""
         from .hierarchical import HierarchicalFactors
 
         if type(self) not in (IndexFactors, HierarchicalFactors):
@@ -155,7 +163,7 @@ class IndexFactors(BlockScores):
             return "the kernels take up to 64 index heads per selection, of 128 channels"
         if torch.are_deterministic_algorithms_enabled():
             return "the gradient of the keys is added up atomically"
-        return triton_reason(self.k_BSI.device)
+        return triton_reason(device or self.k_BSI.device)
 
     def listed(
         self,
@@ -171,9 +179,11 @@ class IndexFactors(BlockScores):
         """
         from . import at_ops
 
+        single = spec.key_block == 1  # the kernel reads FP8, and only the keys listed
+        keys = self.k_BSI if single else self._scored_keys(spec.key_block, doc_start_BS)
         return at_ops.listed_scores(
             self.q_BTJI.contiguous(),
-            self._scored_keys(spec.key_block, doc_start_BS).contiguous(),
+            keys.contiguous(),
             self.weight_BTJ.contiguous(),
             self.bias_J,
             blocks_BHQN.contiguous(),

@@ -71,7 +71,7 @@ class HierarchicalFactors(IndexFactors):
         """(what is scored exactly, documents, keys pooled up to each position)."""
         self.check(block)
         self.check_weights()
-        running = running_pool(self.k_BSI, self.pool, self.pooling, doc_start_BS)
+        running = running_pool(self.keys_BSI, self.pool, self.pooling, doc_start_BS)
         return (*super().prepare(block, doc_start_BS), running)
 
     def tile_scores(

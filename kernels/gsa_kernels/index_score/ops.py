@@ -8,15 +8,17 @@ from gsa_kernels.dispatch import undispatched
 ALIGNED = 32  # rows of scores begin at multiples of 128 bytes
 
 
-def _pool_keys(k: Tensor, docs: Tensor | None, block: int, parts: int) -> Tensor:
+def _pool_keys(
+    k: Tensor, docs: Tensor | None, block: int, parts: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """[B, S // block, parts, I] mean key of each whole block, as keys.pool_keys; no gradient.
 
-    The mean is the sum of its parts, in the dtype of 16-bit keys; one part is float32.
+    The mean is the sum of its parts, in `dtype` (16 bits; None: that of k); one part is float32.
     k [B, S, I], docs [B, S] integers; contiguous.
     """
     from . import triton_launch
 
-    return triton_launch.pool_keys(k, docs, block, parts)
+    return triton_launch.pool_keys(k, docs, block, parts, dtype)
 
 
 pool_keys_operator = torch.library.custom_op("gsa::pool_keys", _pool_keys, mutates_args=())
@@ -24,8 +26,8 @@ pool_keys = undispatched(_pool_keys, pool_keys_operator)
 
 
 @pool_keys_operator.register_fake
-def _(k, docs, block, parts):  # type: ignore[no-untyped-def]
-    dtype = torch.float32 if parts == 1 else k.dtype
+def _(k, docs, block, parts, dtype=None):  # type: ignore[no-untyped-def]
+    dtype = torch.float32 if parts == 1 else dtype or k.dtype
     return k.new_empty((k.shape[0], k.shape[1] // block, parts, k.shape[2]), dtype=dtype)
 
 

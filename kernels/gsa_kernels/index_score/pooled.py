@@ -41,7 +41,7 @@ class PooledFactors(IndexFactors):
 
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Tensor:
         check_pool(self.pool, self.pooling, block)
-        return running_pool(self.k_BSI, self.pool, self.pooling, doc_start_BS)
+        return running_pool(self.keys_BSI, self.pool, self.pooling, doc_start_BS)
 
     def tile_scores(
         self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Tensor

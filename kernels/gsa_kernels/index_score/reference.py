@@ -8,7 +8,7 @@ from .api import IndexFactors
 
 def score_matrix(factors: IndexFactors) -> Tensor:
     """[B, H, T, S] scores, written as the paper writes them."""
-    logits = torch.einsum("btji,bsi->btjs", factors.q_BTJI, factors.k_BSI) * factors.scale
+    logits = torch.einsum("btji,bsi->btjs", factors.q_BTJI, factors.keys_BSI) * factors.scale
     if factors.bias_J is not None:
         logits = logits + factors.bias_J[None, None, :, None]
     active = logits.sigmoid() if factors.activation == "sigmoid" else logits.relu()
@@ -22,7 +22,8 @@ def block_score_matrix(
     factors: IndexFactors, block: int, doc_start_BS: Tensor | None = None
 ) -> Tensor:
     """[B, H, T, S // block] block scores: from the mean key, or the largest of the keys."""
-    batch, keys, _ = factors.k_BSI.shape
+    keys_BSI = factors.keys_BSI
+    batch, keys, _ = keys_BSI.shape
     columns = []
     for j in range(keys // block):
         part = []
@@ -30,7 +31,7 @@ def block_score_matrix(
             low = j * block
             if doc_start_BS is not None:
                 low = max(low, int(doc_start_BS[b, (j + 1) * block - 1]))
-            keys_b = factors.k_BSI[b : b + 1, low : (j + 1) * block]
+            keys_b = keys_BSI[b : b + 1, low : (j + 1) * block]
             if factors.block_score == "mean":
                 keys_b = keys_b.mean(1, keepdim=True)
             one = IndexFactors(

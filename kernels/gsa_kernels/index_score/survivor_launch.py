@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .triton_launch import ceil_div, n_positions, padded, power_of_2
+from .fp8 import product_dtype
+from .triton_launch import ceil_div, n_positions, padded, power_of_2, readable
 from .triton_survivors import running_kernel, survivor_kernel
 
 PROGRAMS = 512  # fewer than that split their lists
@@ -11,12 +12,16 @@ ROWS = 64  # of a product of neighbouring queries
 APART = 16  # queries per tile from which neighbouring tiles are taken to share little
 
 
-def running_pool(k_BSI: Tensor, docs_BS: Tensor | None, pool: int, pooling: str) -> Tensor:
+def running_pool(
+    k_BSI: Tensor, docs_BS: Tensor | None, pool: int, pooling: str, dtype: torch.dtype | None
+) -> Tensor:
     """[B, S, I], or [B, S, 2 I] for bounds; inputs contiguous."""
     batch, keys, width = k_BSI.shape
     folds = 2 if pooling == "bound" else 1
-    out = torch.empty(batch, keys, folds * width, device=k_BSI.device, dtype=k_BSI.dtype)
+    dtype = dtype or k_BSI.dtype
+    out = torch.empty(batch, keys, folds * width, device=k_BSI.device, dtype=dtype)
     if out.numel():
+        k_BSI = readable(k_BSI, dtype)
         running_kernel[(ceil_div(keys, pool), batch)](
             k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys,
             WIDTH=width, BI=power_of_2(width), POOL=pool, MEAN=pooling == "mean", FOLDS=folds,
@@ -45,7 +50,8 @@ def survivor_scores(
     key_rows, parts = k_BNPI.shape[1:3]
     heads, rows, slots = lists_BHQP.shape[1:]
     out = torch.empty(batch, heads, rows, slots * ratio, device=q_BTJI.device, dtype=torch.float32)
-    wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
+    wide = q_BTJI.dtype != product_dtype(q_BTJI, k_BNPI) or q_BTJI.dtype == torch.float32
+    k_BNPI = readable(k_BNPI, q_BTJI.dtype)
     block = power_of_2(c) if single else 1
     jp = power_of_2(index_heads // heads)
     most = 16 if wide or r >= APART or rows * jp < ROWS else ROWS

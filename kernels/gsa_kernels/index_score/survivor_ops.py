@@ -8,15 +8,17 @@ from torch import Tensor
 from gsa_kernels.dispatch import undispatched
 
 
-def _running_pool(k: Tensor, docs: Tensor | None, pool: int, pooling: str) -> Tensor:
+def _running_pool(
+    k: Tensor, docs: Tensor | None, pool: int, pooling: str, dtype: torch.dtype | None = None
+) -> Tensor:
     """[B, S, I] keys pooled up to each position, as pooled.running_pool; no gradient.
 
     pooling "bound": [B, S, 2 I], the largest and then the smallest value of each channel.
-    k [B, S, I], docs [B, S] integers; contiguous.
+    dtype: of the result; None: that of k. k [B, S, I], docs [B, S] integers; contiguous.
     """
     from . import survivor_launch
 
-    return survivor_launch.running_pool(k, docs, pool, pooling)
+    return survivor_launch.running_pool(k, docs, pool, pooling, dtype)
 
 
 running_pool_operator = torch.library.custom_op(
@@ -26,8 +28,9 @@ running_pool = undispatched(_running_pool, running_pool_operator)
 
 
 @running_pool_operator.register_fake
-def _(k, docs, pool, pooling):  # type: ignore[no-untyped-def]
-    return k.new_empty((*k.shape[:2], k.shape[2] * (2 if pooling == "bound" else 1)))
+def _(k, docs, pool, pooling, dtype=None):  # type: ignore[no-untyped-def]
+    width = k.shape[2] * (2 if pooling == "bound" else 1)
+    return k.new_empty((*k.shape[:2], width), dtype=dtype)
 
 
 def _survivor_scores(

@@ -13,6 +13,8 @@ N slots per row.
 import triton
 import triton.language as tl
 
+from .triton_scores import unpacked
+
 
 @triton.jit
 def load_row(
@@ -37,13 +39,13 @@ def load_row(
 
 
 @triton.jit
-def load_blocks(k_ptr, block_ptr, b, n, last, M, D: tl.constexpr, BI: tl.constexpr):
+def load_blocks(k_ptr, q_ptr, block_ptr, b, n, last, M, D: tl.constexpr, BI: tl.constexpr):
     """(block numbers [BN], -1 where there is none; their keys [BN, BI])."""
     e = tl.arange(0, BI)
     block = tl.load(block_ptr + n, mask=n < last, other=-1).to(tl.int32)
     at = (b.to(tl.int64) * M + block) * D
     ok = (block >= 0)[:, None] & (e < D)
-    return block, tl.load(k_ptr + at[:, None] + e, mask=ok, other=0.0)
+    return block, unpacked(tl.load(k_ptr + at[:, None] + e, mask=ok, other=0.0), q_ptr)
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def scores_kernel(
     )
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     list_base = block_ptr + line.to(tl.int64) * N
-    block, k = load_blocks(k_ptr, list_base, b, n, N, M, D, BI)
+    block, k = load_blocks(k_ptr, q_ptr, list_base, b, n, N, M, D, BI)
     act, _ = activation(q, k, bias, scale, SIGMOID, SAME, WIDE)
     score = tl.sum(act * weight[None, :], 1)
     at = score_ptr + line.to(tl.int64) * N + n
@@ -151,7 +153,7 @@ def gradient_kernel(
     dbias = tl.zeros([BN, BJ], tl.float32)
     for low in tl.range(split * span, last, BN, num_stages=1):
         n = low + tl.arange(0, BN)
-        block, k = load_blocks(k_ptr, list_base, b, n, last, M, D, BI)
+        block, k = load_blocks(k_ptr, q_ptr, list_base, b, n, last, M, D, BI)
         act, slope = activation(q, k, bias, scale, SIGMOID, SAME, WIDE)
         there = block >= 0
         d = tl.load(dscore_ptr + line.to(tl.int64) * N + n, mask=there, other=0.0)

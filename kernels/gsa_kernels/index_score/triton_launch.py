@@ -1,10 +1,12 @@
 """Launches of the scoring kernels. Called by ops.py only."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .fp8 import FP8, product_dtype
 from .ops import ALIGNED
 from .triton_scores import pool_kernel, score_kernel
 
@@ -47,16 +49,29 @@ def padded(width: int) -> int:
     return max(16, power_of_2(width))
 
 
-def pool_keys(k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int) -> Tensor:
+def readable(k: Tensor, dtype: torch.dtype) -> Tensor:
+    """k, as `dtype` where it is FP8 and the device's kernels cannot read that (before sm_89)."""
+    return k.to(dtype) if k.dtype == FP8 and not _reads_fp8(k.device) else k
+
+
+@functools.cache
+def _reads_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def pool_keys(
+    k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int, dtype: torch.dtype | None
+) -> Tensor:
     """[B, S // block, parts, I] mean keys, the sum of their parts; inputs contiguous."""
     batch, keys, width = k_BSI.shape
     n = keys // block
-    dtype = torch.float32 if parts == 1 else k_BSI.dtype
+    dtype = torch.float32 if parts == 1 else dtype or k_BSI.dtype
     out = torch.empty(batch, n, parts, width, device=k_BSI.device, dtype=dtype)
     if out.numel() == 0:
         return out
     step = min(128, power_of_2(block))
     each = max(1, 8192 // padded(width) // step)
+    k_BSI = readable(k_BSI, dtype)
     pool_kernel[(ceil_div(n, each), batch)](
         k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys, n,
         WIDTH=width, BI=padded(width), C=block, CP=step, BB=each, PARTS=parts,
@@ -89,7 +104,8 @@ def block_scores(
     rows = stop - first_tile
     stride = ceil_div(columns, ALIGNED) * ALIGNED
     out = torch.empty(batch, heads, rows, stride, device=q_BTJI.device, dtype=torch.float32)
-    wide = q_BTJI.dtype != k_BNPI.dtype or q_BTJI.dtype == torch.float32
+    wide = q_BTJI.dtype != product_dtype(q_BTJI, k_BNPI) or q_BTJI.dtype == torch.float32
+    k_BNPI = readable(k_BNPI, q_BTJI.dtype)
     block = power_of_2(c) if single else 1
     shape = _shape(rows, padded(width), block, wide)
     grid = (ceil_div(columns * block, shape.keys), ceil_div(rows, shape.rows), batch * heads)

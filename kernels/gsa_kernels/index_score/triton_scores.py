@@ -85,6 +85,14 @@ def pool_kernel(
 
 
 @triton.jit
+def unpacked(k, q_ptr):
+    """FP8 keys in the type of the queries, exactly; others as they are."""
+    if k.dtype == tl.float8e4nv:
+        k = k.to(q_ptr.dtype.element_ty)
+    return k
+
+
+@triton.jit
 def product(q, k, acc, WIDE: tl.constexpr):
     """acc + q [BM, I] . k [BN, I] in float32."""
     if WIDE:
@@ -195,7 +203,7 @@ def score_kernel(
             key_ok = key < key_rows
         k_line = (b.to(tl.int64) * key_rows + key)[:, None] * (PARTS * WIDTH) + i[None, :]
         k_mask = key_ok[:, None] & (i < WIDTH)[None, :]
-        k_0 = tl.load(k_ptr + k_line, mask=k_mask, other=0.0)
+        k_0 = unpacked(tl.load(k_ptr + k_line, mask=k_mask, other=0.0), q_ptr)
         if PARTS == 3:
             k_1 = tl.load(k_ptr + k_line + WIDTH, mask=k_mask, other=0.0)
             k_2 = tl.load(k_ptr + k_line + 2 * WIDTH, mask=k_mask, other=0.0)

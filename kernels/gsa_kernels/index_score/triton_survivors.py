@@ -15,7 +15,7 @@ selection head as a power of two.
 import triton
 import triton.language as tl
 
-from .triton_scores import activated, candidate_range, largest, product
+from .triton_scores import activated, candidate_range, largest, product, unpacked
 
 NONE = tl.constexpr(1 << 30)  # above every pooling block
 
@@ -177,7 +177,7 @@ def survivor_kernel(
                 x = product(q, k_2, x, WIDE)
                 k_1 = tl.load(k_ptr + k_line + WIDTH, mask=k_mask, other=0.0)
                 x = product(q, k_1, x, WIDE)
-            k_0 = tl.load(k_ptr + k_line, mask=k_mask, other=0.0)
+            k_0 = unpacked(tl.load(k_ptr + k_line, mask=k_mask, other=0.0), q_ptr)
             x = product(q, k_0, x, WIDE) * slope + bias[:, None]
             x = weight[:, None] * activated(x, SIGMOID)
             score = tl.sum(tl.reshape(x, [BM, JP, BN]), 1)

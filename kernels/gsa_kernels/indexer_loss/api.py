@@ -24,6 +24,20 @@ DISTRIBUTIONS = ("softmax", "log")
 _EPS = 1e-6  # below any score that carries a signal; keeps log(score) finite for ReLU zeros
 
 
+def choose(factors: BlockScores, spec: SelectionSpec, device: torch.device) -> tuple[str, str]:
+    """(implementation, reason) of the scores that the signals read, and of their gradients.
+
+    factors may be meta tensors; device: where the real ones are.
+    """
+    reason = triton_reason(device)
+    if not reason and not isinstance(factors, IndexFactors):
+        reason = f"{type(factors).__name__} has a formula of its own"
+    elif not reason:
+        assert isinstance(factors, IndexFactors)
+        reason = factors.no_kernel(spec.key_block, device)
+    return ("eager", f"PyTorch, because {reason}") if reason else ("triton", "the fastest here")
+
+
 def log_score_bias(
     factors: BlockScores, selection: Selection, beta: float, previous: Tensor | None = None
 ) -> Tensor:
@@ -94,7 +108,7 @@ def dense_kl(
     )
     c = spec.key_block
     prepared = factors.prepare(c, doc_start_BS)
-    total = factors.k_BSI.new_zeros(())
+    total = torch.zeros((), device=factors.k_BSI.device)
     weight = total
     for tile in tiles.tolist():
         n_blocks = max(0, layout.anchor(tile) - spec.window + 1) // c

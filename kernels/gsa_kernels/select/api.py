@@ -81,7 +81,7 @@ def select(
     names = check_names(statistics)
     if callable(budget) or names:
         names = check_names((*names, "count"))
-    name = choose_impl(impl, factors, spec, max_keys)
+    name, _ = choose(impl, factors, spec, max_keys)
     if name == "reference":
         return reference.select(
             factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
@@ -92,11 +92,20 @@ def select(
     )
 
 
-def choose_impl(impl: str, factors: BlockScores, spec: SelectionSpec, max_keys: int) -> str:
-    """The implementation that a request gets; ValueError if the one named cannot run."""
+def choose(
+    impl: str,
+    factors: BlockScores,
+    spec: SelectionSpec,
+    max_keys: int,
+    device: torch.device | None = None,
+) -> tuple[str, str]:
+    """(implementation, reason) for a request; ValueError if the one named cannot run.
+
+    device: where it would run, if not where the factors are (which may be meta tensors).
+    """
     from . import kernels
 
-    device = factors.k_BSI.device
+    device = device or factors.k_BSI.device
     width = spec.max_blocks(max_keys, factors.k_BSI.shape[1])
     reason = triton_reason(device, interpreted=impl == "triton")
     available = {
@@ -104,7 +113,14 @@ def choose_impl(impl: str, factors: BlockScores, spec: SelectionSpec, max_keys: 
         "eager": "",
         "reference": "",
     }
-    return resolve("selection", impl, device, available)
+    name = resolve("selection", impl, device, available)
+    if impl != "auto":
+        return name, "asked for"
+    if name == "eager":
+        return name, f"PyTorch, because {available['triton']}"
+    if not kernels.scores_in_kernel(factors):
+        return name, f"of the choice; {type(factors).__name__} are computed by PyTorch"
+    return name, "the fastest here"
 
 
 def _rows(

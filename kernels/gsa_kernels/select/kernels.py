@@ -9,6 +9,7 @@ from torch import Tensor
 from gsa_kernels.index_score import ops as score_ops
 from gsa_kernels.index_score import survivor_ops
 from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors, Scored
+from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.pooled import both_signs
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
@@ -137,8 +138,9 @@ class FactorRows(Rows):
         k, block = self.factors.k_BSI.contiguous(), self.spec.key_block
         if single or block == 1:
             return k[:, :, None]
-        parts = 1 if k.dtype == torch.float32 or k.dtype != self.q.dtype else 3
-        return score_ops.pool_keys(k, self.docs, block, parts)
+        dtype = product_dtype(self.q, k)
+        parts = 1 if dtype == torch.float32 or dtype != self.q.dtype else 3
+        return score_ops.pool_keys(k, self.docs, block, parts, dtype)
 
     def choose(
         self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
@@ -180,7 +182,8 @@ class CoarseRows(FactorRows):
         if self.keys is None or self.running is None:
             self.keys = self._scored_keys(single)
             k = factors.k_BSI.contiguous()
-            self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling)
+            dtype = product_dtype(self.q, k)
+            self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling, dtype)
             factors.check_weights()
             self.q_coarse = both_signs(self.q) if factors.bounded else self.q
             self.pooled = self.running[:, pool - 1 :: pool, None].contiguous()

@@ -124,7 +124,7 @@ def pool_score(
         low = max(low, int(doc_start_BS[b, anchor]))
     if low >= high:
         return torch.tensor(-math.inf)
-    keys = factors.k_BSI[b, low:high]
+    keys = factors.keys_BSI[b, low:high]
     return pooled_score(factors, b, anchor - factors.q_start, keys, factors.pooling)[h].float()
 
 

@@ -1,6 +1,7 @@
 """`bench indexer`: scoring, selection and objective of an indexer, without the attention."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from gsa_kernels.bench.case import Case, Shape
@@ -11,9 +12,13 @@ from .layer import LayerBench, out_of_memory
 from .settings import IndexerBenchSettings
 from .tables import indexer_line, indexer_table
 
+# (shape, its inputs, those whose choice is exact if not these) -> records
+Measure = Callable[[Shape, Case, Case | None], list[dict[str, Any]]]
+
 
 class IndexerBench(LayerBench):
-    """For each shape a record of select, one of the objective, and those of coarse to fine."""
+    """For each shape a record of select, one of the objective, and those of coarse to fine; the
+    recall of rounded index keys is that of the choice of unrounded ones."""
 
     settings: IndexerBenchSettings
 
@@ -28,9 +33,11 @@ class IndexerBench(LayerBench):
         report["skipped"] = []
         for shape in self.shapes():
             case = self.inputs(shape)
+            rounded = shape.key_dtype != "auto"
+            exact = self.inputs(replace(shape, key_dtype="auto")) if rounded else None
             for name, measure in self._parts():
                 try:
-                    rows = measure(shape, case)
+                    rows = measure(shape, case, exact)
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
@@ -47,16 +54,18 @@ class IndexerBench(LayerBench):
     def render(self, report: dict[str, Any]) -> str:
         return indexer_table(report)
 
-    def _parts(self) -> list[tuple[str, Callable[[Shape, Case], list[dict[str, Any]]]]]:
+    def _parts(self) -> list[tuple[str, Measure]]:
         s = self.settings
-        parts: list[tuple[str, Callable[[Shape, Case], list[dict[str, Any]]]]] = [
-            ("select", lambda shape, case: [indexer_record(shape, case, s.seconds)])
+        parts: list[tuple[str, Measure]] = [
+            ("select", lambda shape, case, exact: [indexer_record(shape, case, s.seconds, exact)])
         ]
         if s.dense_rows:
             parts.append(
                 (
                     "objective",
-                    lambda shape, case: [objective_record(shape, case, s.dense_rows, s.seconds)],
+                    lambda shape, case, _: [
+                        objective_record(shape, case, s.dense_rows, s.seconds)
+                    ],
                 )
             )
         if 0 in s.pool:
@@ -64,8 +73,8 @@ class IndexerBench(LayerBench):
         parts.append(
             (
                 "hierarchical",
-                lambda shape, case: hierarchical_records(
-                    shape, case, s.pooling, s.pool, s.survivors, s.seconds / 2
+                lambda shape, case, exact: hierarchical_records(
+                    shape, case, s.pooling, s.pool, s.survivors, s.seconds / 2, exact
                 ),
             )
         )

@@ -1,5 +1,6 @@
 """What the benchmarks of a layer share: options to shapes, inputs, the check before any time."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -97,12 +98,13 @@ class LayerBench(Benchmark):
         for length in self.lengths:
             for n in kv_heads:
                 for spec in self._specs():
-                    for batch in s.batch:
+                    for batch, key_dtype in itertools.product(s.batch, s.key_dtype):
                         yield Shape(
                             s.mode,
                             spec,
                             length,
                             kv_heads=n,
+                            key_dtype=key_dtype,
                             k=s.k or _DEFAULTS["k"][cpu],
                             device=self.device,
                             dtype=self.dtype,
@@ -126,6 +128,7 @@ class LayerBench(Benchmark):
         report["checked"] = {}
         for shape in self._checked():
             label = f"C={shape.spec.key_block} R={shape.spec.query_tile} K={shape.kv_heads}"
+            label += "" if shape.key_dtype == "auto" else f" {shape.key_dtype} index keys"
             if label in report["checked"]:
                 continue
             for name, case, backward in self.checks(shape, label):

@@ -9,6 +9,7 @@ _DENSE = {"choices": ("cudnn", "flash", "efficient", "math", "fa3", "xformers")}
 _MODES = {"choices": ("tile", "block", "token")}
 _INPUTS = {"choices": ("random", "smooth", "checkpoint")}
 _POOLINGS = {"choices": ("mean", "max", "bound")}
+_KEYS = {"choices": ("auto", "fp8")}
 _DEVICES = {"choices": ("auto", "cuda", "cpu")}
 _DTYPES = {"choices": ("auto", "bfloat16", "float16", "float32")}
 _IMPLS = {"choices": ("auto", "triton", "eager")}
@@ -36,6 +37,8 @@ class LayerBenchSettings(BenchmarkSettings):
     sinks: int = 64  # first keys, always attended
     index_heads: int = 4
     index_dim: int = 64
+    # of index keys: auto, that of the queries; fp8, one byte a channel
+    key_dtype: list[str] = field(default_factory=lambda: ["auto"], metadata=_KEYS)
     inputs: str = field(default="random", metadata=_INPUTS)
     memory: int = 256  # positions that index queries of --inputs smooth remember
     checkpoint: str = ""  # run folder, .ckpt or captured .pt file, for --inputs checkpoint

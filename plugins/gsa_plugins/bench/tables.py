@@ -8,6 +8,7 @@ _ATTENTION = {
     "kv_heads": ("K", "{}"),
     "C": ("C", "{}"),
     "R": ("R", "{}"),
+    "key_dtype": ("index keys", "{}"),
     "pass": ("pass", "{}"),
     "dense_ms": ("dense ms", "{:.3f}"),
     "dense_backend": ("by", "{}"),
@@ -27,6 +28,7 @@ _INDEXER = {
     "batch": ("B", "{}"),
     "C": ("C", "{}"),
     "R": ("R", "{}"),
+    "key_dtype": ("index keys", "{}"),
     "pass": ("what", "{}"),
     "pooling": ("by", "{}"),
     "pool": ("pool", "{}"),
@@ -50,6 +52,7 @@ def attention_line(row: dict[str, Any]) -> str:
     parts = f"score {row['score_ms']:.3f} + select {row['select_ms']:.3f}"
     return (
         f"{row['seq_len']:>9,} x {row['batch']:<2} K={row['kv_heads']:<2} R={row['R']:<3} "
+        f"{row['key_dtype']:<4} "
         f"{row['pass']:<16} dense {row['dense_ms']:.3f} ms ({row['dense_backend']})  "
         f"ours {row['ours_ms']:.3f} ({parts} + attend {row['attend_ms']:.3f})  "
         f"{row['ratio']:.2f} x"

@@ -3,7 +3,7 @@
 import torch
 
 from gsa_kernels.index_score.api import BlockScores
-from gsa_kernels.select.api import select
+from gsa_kernels.select.api import choose, select
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_platform.contracts import Choice, Indexer, Sequence, Sparsity
 
@@ -11,6 +11,19 @@ from gsa_platform.contracts import Choice, Indexer, Sequence, Sparsity
 class BlockIndexer(Indexer):
     """An indexer whose factors are `BlockScores`: the best blocks by score, as many as the
     controller's budget allows."""
+
+    def outline(self, spec: SelectionSpec, keys: int) -> BlockScores | None:
+        """Factors of a sequence without values, on the meta device: what kernels are chosen by.
+        None: nothing is known before it runs."""
+        return None
+
+    def describe(self, device_type: str, spec: SelectionSpec, sparsity: Sparsity) -> str:
+        most = sparsity.max_keys
+        factors = self.outline(spec, most)
+        if factors is None:
+            return ""
+        name, why = choose("auto", factors, spec, most, torch.device(device_type))
+        return f"impl {name} ({why})"
 
     @torch.compiler.disable
     def select(

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsa_kernels.index_score.api import ACTIVATIONS, BLOCK_SCORES, IndexFactors
+from gsa_kernels.index_score.api import (
+    ACTIVATIONS,
+    BLOCK_SCORES,
+    KEY_DTYPES,
+    IndexFactors,
+    fp8_keys,
+)
 from gsa_kernels.selection import SelectionSpec
 from gsa_platform.contracts import LayerDims, Sequence
 from gsa_platform.model.flops import indexer_scoring_flops
@@ -24,8 +30,9 @@ class LightningIndexer(BlockIndexer):
         relu      I[t,s] = sum_j (x_t w_j + c_j) relu(q[t,j] . k[s] * scale)
 
     Projections start with standard deviation 1/sqrt(d_model), so that index logits of normalised
-    inputs have unit variance and no sigmoid starts saturated. Raises ValueError for a setting
-    that does not exist.
+    inputs have unit variance and no sigmoid starts saturated. key_dtype=fp8 rounds the keys to a
+    byte a channel (gsa_kernels.index_score.fp8): training scores what decoding reads from its
+    cache. Raises ValueError for a setting that does not exist.
     """
 
     def __init__(
@@ -42,11 +49,13 @@ class LightningIndexer(BlockIndexer):
             ("block_score", block_score, BLOCK_SCORES),
             ("activation", activation, ACTIVATIONS),
             ("scale", config.scale, SCALES),
+            ("key_dtype", config.key_dtype, KEY_DTYPES),
         ):
             if value not in choices:
                 raise ValueError(f"indexer.{name}={value!r}: choose {' or '.join(choices)}")
         self.heads, self.dim = config.heads, config.dim
         self.activation, self.block_score = activation, block_score
+        self.straight_through = config.key_dtype == "fp8"
         self.scale = config.dim**-0.5 if config.scale == "rsqrt" else 1.0
         self.rotary = RotaryTable(config.dim, dims.rope_theta) if config.rope else None
         self.q_proj = nn.Linear(dims.d_model, self.heads * self.dim, bias=False)
@@ -74,25 +83,43 @@ class LightningIndexer(BlockIndexer):
         """The score function, from the fields that all of them have."""
         return IndexFactors(**parts)
 
+    def outline(self, spec: SelectionSpec, keys: int) -> IndexFactors:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(1, keys, *shape, dtype=self.k_proj.weight.dtype, device="meta")
+
+        return self._factors(
+            empty(self.heads, self.dim), empty(self.dim), empty(self.heads), spec, 0
+        )
+
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> IndexFactors:
         batch, queries, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, queries, self.heads, self.dim)
         k = self.k_proj(x_BTD)
         if self.rotary is not None:
             position = torch.arange(queries, device=x_BTD.device) + seq.q_start
+            if self.straight_through and seq.doc_start_BS is not None:
+                # Rounding sees the angle itself: a document's keys round as they would alone.
+                position = position - seq.doc_start_BS[:, seq.q_start : seq.q_start + queries]
             cos, sin = self.rotary.cos_sin(position)
             q = apply_rotary(q, cos, sin)
             k = apply_rotary(k[:, :, None], cos, sin)[:, :, 0]
+        if self.straight_through:
+            k = fp8_keys(k)
+        return self._factors(q, k, self.head_weights(x_BTD), spec, seq.q_start)
+
+    def _factors(
+        self, q_BTJI: Tensor, k_BSI: Tensor, weight_BTJ: Tensor, spec: SelectionSpec, q_start: int
+    ) -> IndexFactors:
         return self.factors(
-            q_BTJI=q,
-            k_BSI=k,
-            weight_BTJ=self.head_weights(x_BTD),
+            q_BTJI=q_BTJI,
+            k_BSI=k_BSI,
+            weight_BTJ=weight_BTJ,
             bias_J=self.head_bias,
             scale=self.scale,
             activation=self.activation,
             block_score=self.block_score,
             heads=spec.heads,
-            q_start=seq.q_start,
+            q_start=q_start,
         )
 
     def flops(self, context: int, spec: SelectionSpec) -> int:

@@ -1,5 +1,6 @@
 """A control that sees the answer: the attention itself chooses its keys."""
 
+import torch
 from torch import Tensor
 
 from gsa_kernels.index_score.api import AttentionScores
@@ -29,6 +30,10 @@ class OracleIndexer(BlockIndexer):
                 "oracle costs as much as dense attention"
             )
         self.flops_per_key = 2 * dims.n_heads * dims.head_dim
+
+    def outline(self, spec: SelectionSpec, keys: int) -> AttentionScores:
+        none = torch.empty(1, keys, 0, device="meta")
+        return AttentionScores(none, none, none, spec.heads)
 
     def forward(
         self,

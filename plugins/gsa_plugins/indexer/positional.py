@@ -22,6 +22,9 @@ class RandomIndexer(BlockIndexer):
         super().__init__()
         self.seed, self.layer = config.seed, dims.layer
 
+    def outline(self, spec: SelectionSpec, keys: int) -> RandomScores:
+        return RandomScores(torch.empty(1, keys, 0, device="meta"), keys, spec.heads)
+
     # Its number would make every layer a compiled block of its own.
     @torch.compiler.disable
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> RandomScores:
@@ -40,6 +43,9 @@ class StridedIndexer(BlockIndexer):
         if config.stride < 0:
             raise ValueError(f"indexer.stride={config.stride} must be 0 or more")
         self.stride = config.stride
+
+    def outline(self, spec: SelectionSpec, keys: int) -> StridedScores:
+        return StridedScores(torch.empty(1, keys, 0, device="meta"), keys, spec.heads)
 
     def forward(self, x_BTD: Tensor, seq: Sequence, spec: SelectionSpec) -> StridedScores:
         none, queries = x_BTD.new_zeros(*x_BTD.shape[:2], 0), x_BTD.shape[1]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.indexer_loss.api import log_score_bias
-from gsa_platform.contracts import LayerDims, Objective
+from gsa_platform.contracts import Indexer, LayerDims, Objective
 
 from ..configs import BiasObjectiveConfig
+from .described import described
 
 
 class BiasObjective(Objective):
@@ -18,6 +19,9 @@ class BiasObjective(Objective):
     def __init__(self, config: BiasObjectiveConfig, dims: LayerDims) -> None:
         super().__init__()
         self.beta, self.detach_indexer = config.beta, config.detach
+
+    def describe(self, device_type: str, spec: Any, indexer: Indexer) -> str:
+        return described(device_type, spec, indexer)
 
     @torch.compiler.disable
     def bias(self, factors: Any, selection: Any, previous: Tensor | None) -> Tensor | None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.indexer_loss.api import DISTRIBUTIONS, dense_kl, selected_kl
-from gsa_platform.contracts import LayerDims, Objective, Sequence
+from gsa_platform.contracts import Indexer, LayerDims, Objective, Sequence
 
 from ..configs import KlObjectiveConfig
+from .described import described
 
 
 class KlObjective(Objective):
@@ -38,6 +39,9 @@ class KlObjective(Objective):
 
     def dense(self, seq: Sequence) -> bool:
         return self.training and seq.step < self.warmup_steps
+
+    def describe(self, device_type: str, spec: Any, indexer: Indexer) -> str:
+        return described(device_type, spec, indexer)
 
     @torch.compiler.disable
     def loss(
