@@ -23,7 +23,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     if not _keeps(args[0].device):
         kernel[grid](*args, **constants)
         return
-    key: list[Any] = [kernel, args[0].device]
+    key: list[Any] = [id(kernel), args[0].device]
     addresses = 0
     for x in args:
         if isinstance(x, Tensor):
