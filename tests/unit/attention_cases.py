@@ -58,16 +58,19 @@ def assert_same(
     tensors: list[Tensor],
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
+    slack: float = 2,
 ) -> None:
     """`attend` equals the oracle, output and gradients.
 
-    In float64 to rounding; in less, its error against the oracle in float64 is at most twice that
-    of the oracle run in the same precision, plus a rounding of the result.
+    In float64 to rounding; in less, its error against the oracle in float64 is at most `slack`
+    times that of the oracle run in the same precision, plus a few roundings of the largest result
+    (a gradient that is zero, as that of a query with one key, is a difference of such numbers).
     """
     low = [x.to(device, dtype) for x in tensors]
     exact = run(oracle, [x.double() for x in low])
     got = run(attend, low)
     reference = run(oracle, low)
+    rounding = 4 * torch.finfo(dtype).eps * max(float(x.norm()) for x in exact.values())
     for name, value in exact.items():
         assert got[name].dtype == dtype and torch.isfinite(got[name]).all(), name
         if dtype == torch.float64:
@@ -75,9 +78,9 @@ def assert_same(
                 got[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
             )
             continue
-        allowed = (reference[name].double() - value).norm()
-        error = (got[name].double() - value).norm()
-        assert error <= 2 * allowed + torch.finfo(dtype).eps * value.norm(), name
+        allowed = slack * float((reference[name].double() - value).norm()) + rounding
+        error = float((got[name].double() - value).norm())
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def varlen_oracle(window: int = -1) -> Callable[..., Tensor]:

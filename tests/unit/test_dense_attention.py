@@ -42,10 +42,14 @@ def to(device, seq):
     return Sequence(seq.q_start, None if docs is None else docs.to(device))
 
 
+# Of PyTorch's own kernels on a GPU: float32 goes through the tensor cores in three parts.
+VENDOR = 8
+
+
 def run_or_skip(*args):
     """assert_same, skipped where the named kernel itself turns the shape away."""
     try:
-        assert_same(*args)
+        assert_same(*args, slack=VENDOR)
     except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise
@@ -92,7 +96,9 @@ def test_grouped_heads(heads, kv_heads, device):
     tensors = draw(63, heads=heads, kv_heads=kv_heads)
     for dtype in {torch.float32, precision("auto", device)}:
         attend = masked(mask)
-        assert_same(lambda q, k, v: dense_attention(q, k, v, seq), attend, tensors, device, dtype)
+        assert_same(
+            lambda q, k, v: dense_attention(q, k, v, seq), attend, tensors, device, dtype, VENDOR
+        )
 
 
 @pytest.mark.gpu

@@ -73,11 +73,13 @@ def test_half_precision_rounds_as_a_multiplication_does(dtype, per_head):
     gate = gate_for(tensors[0], per_head).to(DEVICE, dtype)
     got = run(selection, tensors, gate, "triton")
     want = run(selection, tensors, gate, "triton", fused=False)
-    exact = ("out", "lse", "dv", *(() if per_head else ("dgate",)))
-    for name in exact if DEVICE == "cpu" else ():  # a GPU may order the sums of the two otherwise
+    equal = ("out", "lse", "dv", *(() if per_head else ("dgate",)))
+    for name in equal if DEVICE == "cpu" else ():  # a GPU may order the sums of the two otherwise
         assert torch.equal(got[name], want[name]), name
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-2, msg=name)
+    exact = run(selection, [x.double() for x in tensors], gate.double(), "reference", fused=False)
+    for name, value in exact.items():
+        allowed = (want[name].double() - value).norm() + torch.finfo(dtype).eps * value.norm()
+        assert (got[name].double() - value).norm() <= 2 * allowed, name
 
 
 def test_no_result_depends_on_uninitialised_memory(monkeypatch):

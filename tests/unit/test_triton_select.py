@@ -418,7 +418,7 @@ def test_captured_in_a_cuda_graph(granularity):
 def test_refusals():
     factors = make_factors(40)
     for bad, c, word in (
-        (factors, 8, "float64"),
+        (low(factors, torch.float64), 8, "float64"),
         (low(make_factors(40, width=130)), 8, "index channels"),
         (low(make_factors(400, block_score="max")), 130, "128 keys"),
     ):

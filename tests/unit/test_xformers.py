@@ -133,6 +133,7 @@ def test_the_operators(window, length, dtype, documents):
         draw(length),
         "cuda",
         dtype,
+        slack=8,  # of another's kernels, whose float32 goes through the tensor cores
     )
 
 

@@ -78,6 +78,7 @@ def select(
                 proven[b, h, i] = left_out == -math.inf or above >= n
                 blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     blocks = blocks.to(factors.k_BSI.device)
+    stats = {name: x.to(blocks.device) for name, x in stats.items()}
     selection = Selection(spec, blocks, n_queries, n_keys, start, doc_start_BS)
     return Chosen(selection, stats, proven.to(blocks.device) if prove else None)
 
@@ -147,7 +148,7 @@ def coarse_order(
 
 def describe(values: list[Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """The statistics of a list of scores, by their textbook formulas."""
-    x = torch.stack(values).double() if values else torch.zeros(0, dtype=torch.float64)
+    x = torch.stack(values).double().cpu() if values else torch.zeros(0, dtype=torch.float64)
     found = {name: torch.zeros(TAIL.get(name, ())) for name in names}
     if "count" in names:
         found["count"] = torch.tensor(float(len(x)))
