@@ -23,13 +23,15 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     if not _keeps(args[0].device):
         kernel[grid](*args, **constants)
         return
-    key: list[Any] = [kernel, args[0].device]
+    key: list[Any] = [id(kernel), args[0].device]
     addresses = 0
     for x in args:
-        if isinstance(x, Tensor):
+        if type(x) is int or type(x) is float:
+            key.append(x)
+        elif isinstance(x, Tensor):
             key.append(x.dtype)
             addresses |= x.data_ptr()
-        elif isinstance(x, (int, float)):
+        elif not hasattr(x, "block_shape"):  # no descriptor
             key.append(x)
     found = None if addresses & 15 else (tuple(key), *constants.items())
     held = _kept.get(found)

@@ -73,7 +73,9 @@ def test_launches_compile_within_limits(shape, target):
         expected |= {"mark_kernel", "sweep_kernel", "pack_kernel", "pair_sums_kernel"}
         expected |= {"invert_kernel", "owned_kernel"}
     else:
-        expected |= {"mass_kernel"} if shape == "token_in_tile" else {"mass_kernel", "dkv_kernel"}
+        expected |= {"mass_kernel", "tile_kernel"}
+        if shape != "token_in_tile":
+            expected |= {"dkv_kernel", "tile_bits_kernel", "tile_lists_kernel"}
     assert names == expected
     for row in rows:
         assert row["shared"] <= SHARED[target], row

@@ -15,7 +15,7 @@ from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
 from .dense import Attend, dense_times
-from .timing import milliseconds, peak_bytes, rotate
+from .timing import host_milliseconds, milliseconds, peak_bytes, rotate
 from .work import Rates, shares, work
 
 PASSES = ("forward", "forward_backward", "decode")
@@ -66,7 +66,7 @@ def _times(
     device: torch.device,
     budget_s: float,
 ) -> dict[str, float]:
-    """Milliseconds of the parts, the cases taking turns."""
+    """Milliseconds of the parts, the cases taking turns; host_ms: of the host, for the whole."""
 
     def of(calls: Iterable[Callable[[], Any]]) -> float:
         return milliseconds(rotate(list(calls)), device, budget_s)
@@ -77,6 +77,7 @@ def _times(
         "choose_ms": of(c.choose for c in cases),
         "attend_ms": of(partial(attention, i) for i in turns),
         "ours_ms": of(partial(whole, i) for i in turns),
+        "host_ms": host_milliseconds(partial(whole, 0), device),
     }
 
 

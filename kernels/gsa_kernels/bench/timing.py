@@ -35,6 +35,18 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget_s: float 
     return statistics.median(_queued(call, int(min(50, max(3, budget_s * 1e3 / max(once, 1e-3))))))
 
 
+def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time a call that has run before keeps the host, which does not wait for the device:
+    no sequence of calls is faster. 0 on a CPU, where there is nothing to wait for."""
+    if device.type != "cuda":
+        return 0.0
+    times = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        times.append(_seconds(call))
+    return statistics.median(times) * 1e3
+
+
 def rotate(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """A call that makes each of these in turn."""
     turn = itertools.cycle(calls)

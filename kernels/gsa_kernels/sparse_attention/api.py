@@ -99,8 +99,6 @@ def sparse_attention(
     torch.use_deterministic_algorithms says.
     Raises ValueError on shapes that do not fit the selection.
     """
-    from . import eager, reference
-
     queries, heads, width = q_BTHE.shape[1:]
     kv_heads = k_BSKE.shape[2]
     if heads % kv_heads:
@@ -134,6 +132,8 @@ def sparse_attention(
     if name == "triton":
         tensors = (q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, gate_BTHE)
         return _triton(*tensors, scale, need_lse, need_mass, deterministic)
+    from . import eager, reference
+
     run = reference.attend if name == "reference" else eager.attend
     result = run(q_BTHE, k_BSKE, v_BSKE, selection, bias_BHQN, scale, need_lse, need_mass)
     if gate_BTHE is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 from gsa_kernels.launch import run
@@ -101,8 +102,6 @@ def _boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
     head; the tensors themselves without TMA."""
     if not tma:
         return list(tensors)
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     found: list[object] = []
     for x in tensors:
         batch, length, heads, width = x.shape

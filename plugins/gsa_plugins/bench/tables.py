@@ -17,6 +17,7 @@ _ATTENTION = {
     "score_ms": ("score", "{:.3f}"),
     "select_ms": ("select", "{:.3f}"),
     "attend_ms": ("attend", "{:.3f}"),
+    "host_ms": ("host", "{:.3f}"),
     "inflation": ("computed", "{:.2f}x"),
     "roofline": ("of bound", "{:.0%}"),
     "flops_share": ("of FLOP/s", "{:.0%}"),
