@@ -286,5 +286,8 @@ def test_settings():
         again = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
         assert again.indexer.key_dtype == "fp8"
         Transformer(again, 97, registry.get())
-    with pytest.raises(UserError, match=r"indexer.key_dtype='int8': choose auto or fp8"):
-        build("indexer.key_dtype=int8")
+    wrong = ["indexer.key_dtype=int8"]
+    with pytest.raises(UserError, match="key_dtype=int8 is not one of auto, fp8"):
+        build(*wrong)
+    with pytest.raises(UserError, match="key_dtype='int8': choose auto or fp8"):
+        Transformer(compose.load([*SMALL, *wrong]), 97, registry.get())
