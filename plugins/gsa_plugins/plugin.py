@@ -113,6 +113,7 @@ CHOICES = {
     ("attention", "backend"): ("auto", "cudnn", "flash", "efficient", "math", "fa3"),
     ("attention", "selection_heads"): ("shared", "kv"),
     ("indexer", "scale"): ("rsqrt", "none"),
+    ("indexer", "key_dtype"): ("auto", "fp8"),
     ("indexer", "block_score"): ("mean", "max"),
     ("indexer", "activation"): ("sigmoid", "relu"),
     ("indexer", "pooling"): ("mean", "max", "bound"),

@@ -1,6 +1,6 @@
 """Compile the kernels of the KL objective for GPUs that are not there; run as a program.
 
-    python aot_objective.py sm_90 C R T H K E dtype
+    python aot_objective.py sm_90 C R T H K E dtype[+dtype of index keys]
 
 Prints one JSON object per kernel, as aot_compile.py does for those of the attention. The index has
 4 heads of 64.
@@ -17,7 +17,9 @@ from aot_compile import record, report
 HEADS, WIDTH, TILES = 4, 64, 8
 
 
-def launches_of(c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype) -> list[Any]:
+def launches_of(
+    c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype, of_keys: torch.dtype
+) -> list[Any]:
     from gsa_kernels.index_score import at_launch
     from gsa_kernels.indexer_loss import triton_launch
 
@@ -25,7 +27,7 @@ def launches_of(c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dty
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     tiles, docs = meta(TILES, dtype=torch.int64), meta(1, t, dtype=torch.int64)
-    q, keys = meta(1, t, HEADS, WIDTH), meta(1, t // c, WIDTH)
+    q, keys = meta(1, t, HEADS, WIDTH), meta(1, t // c, WIDTH, dtype=of_keys)
     if c > 1:
         keys = keys.float()  # means
     weight, bias = meta(1, t, HEADS), meta(HEADS, dtype=torch.float32)
@@ -50,7 +52,8 @@ def launches_of(c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dty
 def main() -> None:
     capability = int(sys.argv[1].removeprefix("sm_"))
     sizes = [int(x) for x in sys.argv[2:8]]
-    report(launches_of(*sizes, getattr(torch, sys.argv[8])), capability)
+    dtypes = [getattr(torch, name) for name in sys.argv[8].split("+")]
+    report(launches_of(*sizes, dtypes[0], dtypes[-1]), capability)
 
 
 if __name__ == "__main__":

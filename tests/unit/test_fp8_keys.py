@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from kernel_cases import granularity_id, make_factors, make_selection
-from test_triton_select import DEVICE, DTYPES, docs_of, documents, low
+from test_triton_select import (
+    DEVICE,
+    DTYPES,
+    assert_same_choice,
+    docs_of,
+    documents,
+    low,
+    whole_numbers,
+)
 
 from gsa_kernels.bench.verify import recall
 from gsa_kernels.index_score.api import (
@@ -100,15 +108,32 @@ CHOICES = [
 @pytest.mark.parametrize(("granularity", "block_score", "length", "k"), CHOICES, ids=str)
 @kernel
 def test_kernels_read_the_bytes(granularity, block_score, length, k, dtype, documents):
-    """Bit for bit the choice that the same values in the queries' type give, and the eager one."""
+    """Bit for bit the choice that the same values in the queries' type give; the eager one up to
+    scores that are nearly equal."""
     pytest.importorskip("triton")
     factors, wide = packed(low(make_factors(length, block_score=block_score), dtype))
     spec, docs = SelectionSpec(*granularity, window=7, sinks=3), docs_of(length, documents)
     got, same, eager = (
-        select(f, spec, k, k, length, docs, impl=impl).selection.blocks_BHQN
+        select(f, spec, k, k, length, docs, impl=impl).selection
         for f, impl in ((factors, "triton"), (wide, "triton"), (factors, "eager"))
     )
-    assert torch.equal(got, same) and torch.equal(got, eager) and (got >= 0).any()
+    assert torch.equal(got.blocks_BHQN, same.blocks_BHQN) and (got.blocks_BHQN >= 0).any()
+    assert_same_choice(got, eager, factors, docs)
+
+
+@pytest.mark.parametrize("granularity", [(1, 2), (4, 4)], ids=granularity_id)
+@kernel
+def test_kernels_choose_as_pytorch_does(granularity):
+    """Bit for bit, of scores that every order of summation gives alike."""
+    pytest.importorskip("triton")
+    factors, _ = packed(low(whole_numbers(70), torch.float16))
+    spec, docs = SelectionSpec(*granularity, window=7, sinks=3), docs_of(70, True)
+    made = [
+        select(factors, spec, 40, 40, 70, docs, impl=impl).selection.blocks_BHQN
+        for impl in ("triton", "eager", "reference")
+    ]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    assert (made[0] >= 0).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -261,5 +286,8 @@ def test_settings():
         again = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
         assert again.indexer.key_dtype == "fp8"
         Transformer(again, 97, registry.get())
-    with pytest.raises(UserError, match=r"indexer.key_dtype='int8': choose auto or fp8"):
-        build("indexer.key_dtype=int8")
+    wrong = ["indexer.key_dtype=int8"]
+    with pytest.raises(UserError, match="key_dtype=int8 is not one of auto, fp8"):
+        build(*wrong)
+    with pytest.raises(UserError, match="key_dtype='int8': choose auto or fp8"):
+        Transformer(compose.load([*SMALL, *wrong]), 97, registry.get())

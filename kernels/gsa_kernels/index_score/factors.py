@@ -31,7 +31,7 @@ BLOCK_SCORES = ("mean", "max")
 class IndexFactors(BlockScores):
     """Factors of the scores of queries q_start .. q_start + T - 1 against keys 0 .. S - 1.
 
-    q_BTJI, k_BSI (of the same type, or FP8: see fp8.py), weight_BTJ (already activated), bias_J or
+    q_BTJI, k_BSI (which may be FP8: see fp8.py), weight_BTJ (already activated), bias_J or
     None. `block_score` says how a block of C keys is scored: from its mean key, or as the largest
     score of its keys.
     Raises ValueError for an unknown activation or block_score, and heads that do not divide J.
