@@ -63,7 +63,8 @@ def main() -> None:
     spec = SelectionSpec(c, r, window=128, sinks=64)
 
     def call() -> None:
-        rows = api._rows("triton", factors, spec, t, docs, False)
+        width = spec.max_blocks(keys, t)
+        rows = api._rows("triton", factors, spec, t, docs, False, width)
         with Launching() as seen:
             chunked.run(rows, factors, spec, keys, keys, t, docs, None, ())
         print(json.dumps(seen.names))

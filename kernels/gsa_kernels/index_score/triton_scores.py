@@ -8,15 +8,27 @@ no candidate among its columns writes nothing, and readers must keep to the rang
 Products are good to float32, far below the 12 bits that selection compares: 16-bit operands go
 through the tensor cores with float32 sums, exactly; a mean of 16-bit keys is the sum of three
 16-bit parts (bfloat16: 24 bits, all of a float32) and takes three products; float32 operands take
-three TF32 products. The sigmoid is exp2 and a division: tanh.approx has an error of 2^-11 of its
-value, more than the comparison resolves, and none of a small sigmoid's digits.
+three TF32 products.
+
+Sigmoids are what limits the speed: a multiprocessor takes an exponential or a reciprocal of 16
+numbers in a cycle. So up to four heads share a reciprocal, as the sum of the fractions w / (1 + t)
+is one fraction, whose parts are kept (`joined`): 1.25 such operations a head in place of 2. Its
+denominator must stay below 2^124, so no sigmoid of four counts as less than 2^-31, which moves a
+score by 2^-31 of the weights' sum (2^-62 for float32 factors, of which two share); weights must
+stay below 2^31. tanh.approx, one operation, has an error of 2^-11 of its value: more than the
+comparison resolves, and none of a small sigmoid's digits.
 
 Legend: B batch, T queries, S keys, J index heads, I index width, H selection heads, C keys per
 block, R queries per tile, BM rows and BN columns (or keys) per program.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+# The interpreter knows no assembly.
+ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
@@ -109,6 +121,52 @@ def activated(x, SIGMOID: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, slope, bias, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.fma(x, slope + tl.zeros_like(x), bias + tl.zeros_like(x))
+    return x * slope
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to an ulp, for x of 1 or more: without a division's care for extremes."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def joined(
+    x, weight, over, under, FIRST: tl.constexpr, GROUP: tl.constexpr, SIGMOID: tl.constexpr
+):
+    """over / under + weight * activation of x (see `activated`), as (over, under); under stays 1
+    but for sigmoids, of which GROUP may be joined. FIRST: over / under is 0 / 1."""
+    if SIGMOID:
+        # Of NaN, NaN.
+        t = tl.exp2(tl.minimum(x, 124.0 / GROUP, propagate_nan=tl.PropagateNan.ALL))
+        if FIRST:
+            return weight + over, 1.0 + t
+        return tl.fma(weight + tl.zeros_like(x), under, tl.fma(over, t, over)), tl.fma(under, t, under)
+    return tl.fma(weight + tl.zeros_like(x), tl.where(x < 0.0, 0.0, x), over), under
+
+
+@triton.jit
+def ratio(over, under, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        return over * reciprocal(under)
+    return over
+
+
+@triton.constexpr_function
+def group_of(heads, wide):
+    """How many of `heads` heads join: a divisor of their number."""
+    most = 2 if wide else 4
+    return max(n for n in range(1, most + 1) if heads % n == 0)
+
+
+@triton.jit
 def largest(score, key_ok, BM: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr):
     """[BM, CB]: the largest of each block's CP scores; NaN if one of them is."""
     bad = tl.reshape(((score != score) & key_ok[None, :]).to(tl.int32), [BM, CB, CP])
@@ -176,6 +234,7 @@ def score_kernel(
 ):
     CB: tl.constexpr = BN // CP  # columns
     JH: tl.constexpr = J // H
+    GROUP: tl.constexpr = group_of(JH, WIDE)
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     row_ok = row < rows
@@ -211,18 +270,27 @@ def score_kernel(
         score = tl.zeros([BM, BN], tl.float32)
         unit = -1.4426950408889634 if SIGMOID else 1.0  # the exponential's, in powers of 2
         slope = scale * unit
-        for j in range(JH):
-            q_offset = (q_line + j)[:, None] * WIDTH + i[None, :]
-            q = tl.load(q_ptr + q_offset, mask=row_ok[:, None] & (i < WIDTH)[None, :], other=0.0)
-            x = tl.zeros([BM, BN], tl.float32)
-            if PARTS == 3:
-                x = product(q, k_2, x, WIDE)
-                x = product(q, k_1, x, WIDE)
-            x = product(q, k_0, x, WIDE) * slope
-            if HAS_BIAS:
-                x += tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
-            weight = tl.load(weight_ptr + q_line + j, mask=row_ok, other=0.0)
-            score += weight.to(tl.float32)[:, None] * activated(x, SIGMOID)
+        for first_head in range(0, JH, GROUP):
+            over = tl.zeros([BM, BN], tl.float32)
+            under = tl.full([BM, BN], 1.0, tl.float32)
+            for inner in tl.static_range(GROUP):
+                j = first_head + inner
+                q_at = (q_line + j)[:, None] * WIDTH + i[None, :]
+                q = tl.load(q_ptr + q_at, mask=row_ok[:, None] & (i < WIDTH)[None, :], other=0.0)
+                x = tl.zeros([BM, BN], tl.float32)
+                if PARTS == 3:
+                    x = product(q, k_2, x, WIDE)
+                    x = product(q, k_1, x, WIDE)
+                x = product(q, k_0, x, WIDE)
+                bias = 0.0
+                if HAS_BIAS:
+                    bias = tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
+                x = scaled(x, slope, bias, HAS_BIAS)
+                weight = tl.load(weight_ptr + q_line + j, mask=row_ok, other=0.0)
+                over, under = joined(
+                    x, weight.to(tl.float32)[:, None], over, under, inner == 0, GROUP, SIGMOID
+                )
+            score += ratio(over, under, SIGMOID)
         if SINGLE:
             score = largest(score, key_ok, BM, CB, CP)
         column = column_0 + tl.arange(0, CB)

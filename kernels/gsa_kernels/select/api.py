@@ -86,7 +86,8 @@ def select(
         return reference.select(
             factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
         )
-    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names) or prove)
+    width = spec.max_blocks(max_keys, factors.k_BSI.shape[1])
+    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names) or prove, width)
     return chunked.run(
         rows, factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
     )
@@ -130,6 +131,7 @@ def _rows(
     n_queries: int,
     doc_start_BS: Tensor | None,
     statistics: bool,
+    width: int,
 ) -> "chunked.Rows":
     from . import eager, kernels
 
@@ -142,7 +144,7 @@ def _rows(
         assert isinstance(factors, IndexFactors)
         if isinstance(factors, HierarchicalFactors):
             return kernels.CoarseRows(factors, spec, layout, doc_start_BS)
-        return kernels.FactorRows(factors, spec, layout, doc_start_BS)
+        return kernels.FactorRows(factors, spec, layout, doc_start_BS, width)
     assert layout is not None
     rows = kernels.KernelRows if name == "triton" else eager.EagerRows
     return rows(factors, layout, doc_start_BS)

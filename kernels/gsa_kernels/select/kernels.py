@@ -13,7 +13,7 @@ from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.pooled import both_signs
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
-from . import ops
+from . import filtering, ops
 from .chunked import Rows
 from .eager import EagerRows, named
 
@@ -77,7 +77,8 @@ class KernelRows(EagerRows):
 
 
 class FactorRows(Rows):
-    """IndexFactors, whose scores have a kernel. The layout is only for statistics."""
+    """IndexFactors, whose scores have a kernel. The layout is only for statistics. width: the most
+    blocks chosen per tile; with 0 all scores are written, however long the rows."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class FactorRows(Rows):
         spec: SelectionSpec,
         layout: TileLayout | None,
         doc_start_BS: Tensor | None,
+        width: int = 0,
     ) -> None:
         self.factors = factors
         self.spec, self.tile_layout = spec, layout
@@ -98,21 +100,39 @@ class FactorRows(Rows):
         self.q, self.weight = factors.q_BTJI.contiguous(), factors.weight_BTJ.contiguous()
         self.bias = None if factors.bias_J is None else factors.bias_J.contiguous()
         self.keys: Tensor | None = None
+        self.sample: Tensor | None = None
+        self.plan: filtering.Plan | None = None
+        if layout is None and type(factors) is IndexFactors:  # statistics read all scores
+            self.plan = filtering.plan(factors, spec, width, self.tiles, LONGEST)
+
+    def filtered(self, tile: int) -> bool:
+        """Whether the tile's chunk is chosen from lists: its rows are long."""
+        return self.plan is not None and self._reach(tile) > LONGEST
+
+    def _reach(self, tile: int) -> int:
+        return (self.first_tile + tile) * self.spec.query_tile + 1
 
     def stop(self, tile: int) -> int:
         c, r = self.spec.key_block, self.spec.query_tile
         # Most tiles n whose n rows of blocks up to the last one's reach, n (reach + n R) / C, fit.
-        reach = (self.first_tile + tile) * r + 1
+        reach = self._reach(tile)
         lists = self.q.shape[0] * self.factors.heads
         room = SCORES_HELD * c // lists
         rows = (math.isqrt(reach * reach + 4 * r * room) - reach) // (2 * r)
         rows = min(rows, self.tiles - tile)
-        if reach + rows * r > LONGEST * c:
+        if self.plan is not None and self.filtered(tile):
+            rows = min(self.plan.rows, self.tiles - tile)
+        elif self.plan is not None:
+            rows = min(rows, (LONGEST - reach) // r + 1)
+        elif reach + rows * r > LONGEST * c:
             rows = min(rows, max(LONG_ROWS // lists, (LONGEST * c - reach) // r))
         return tile + max(1, rows)
 
     def score(self, tiles: slice, n_blocks: int) -> Scored:
         factors, spec = self.factors, self.spec
+        if self.filtered(tiles.start):
+            none = self.q.new_empty(0)
+            return Scored(none, none)
         single = factors.block_score == "max" and spec.key_block > 1
         if self.keys is None:
             self.keys = self._scored_keys(single)
@@ -145,9 +165,36 @@ class FactorRows(Rows):
     def choose(
         self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
     ) -> Tensor:
-        assert isinstance(scored, _Held) and scored.buffer is not None
         first = self.first_tile + tiles.start
+        if self.plan is not None and self.filtered(tiles.start):
+            assert isinstance(wanted, int)
+            return self._from_lists(self.plan, tiles, wanted, most, n_blocks)
+        assert isinstance(scored, _Held) and scored.buffer is not None
         return _top(scored.buffer, n_blocks, wanted, most, self.docs, self.sizes, first)
+
+    def _from_lists(
+        self, plan: filtering.Plan, tiles: slice, wanted: int, width: int, n_blocks: int
+    ) -> Tensor:
+        factors = self.factors
+        if self.sample is None:
+            self.sample = filtering.sample_of(factors.k_BSI, plan.stride)
+        return ops.filtered_keys(
+            self.q,
+            factors.k_BSI.contiguous(),
+            self.sample,
+            self.weight,
+            self.bias,
+            self.docs,
+            wanted,
+            width,
+            [*self.sizes[1:], factors.q_start],
+            [self.first_tile + tiles.start, self.first_tile + tiles.stop, n_blocks],
+            plan.places,
+            plan.stride,
+            float(factors.scale),
+            factors.activation == "sigmoid",
+            factors.heads,
+        )
 
 
 class CoarseRows(FactorRows):

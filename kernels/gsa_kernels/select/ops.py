@@ -56,3 +56,67 @@ top_blocks = undispatched(_top_blocks, top_blocks_operator)
 @top_blocks_operator.register_fake
 def _(scores, columns, wanted, most, width, docs, sizes, first_tile, parents=None, ratio=1):  # type: ignore[no-untyped-def]
     return scores.new_empty((*scores.shape[:3], width), dtype=torch.int32)
+
+
+def _filtered_keys(
+    q: Tensor,
+    k: Tensor,
+    sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    docs: Tensor | None,
+    wanted: int,
+    width: int,
+    sizes: list[int],
+    tiles: list[int],
+    places: int,
+    stride: int,
+    scale: float,
+    sigmoid: bool,
+    heads: int,
+) -> Tensor:
+    """[B, H, rows, width] int32: the best single keys at the anchors of tiles, as top_blocks of
+    their block_scores; of these only some are held. No gradient.
+
+    q [B, T, J, I], k [B, S, I], weight [B, T, J], bias [J], docs [B, S]. wanted: at most
+    width. sample [B, S // stride, 1, I]: of every `stride` keys one, by
+    whose scores the choice is short; it is the same for any sample. sizes: R, window, sinks,
+    q_start. tiles: the first one, the one after the last, and the columns that the last can reach.
+    places: scores held per row, more than are wanted (see filtering.plan). Raises ValueError on
+    NaN (a CUDA device asserts instead).
+    """
+    from . import filter_launch
+
+    fine = torch.ones(1, dtype=torch.int32, device=q.device)
+    out = filter_launch.filtered_keys(
+        q,
+        k,
+        sample,
+        weight,
+        bias,
+        docs,
+        wanted,
+        width,
+        sizes,
+        tiles,
+        places,
+        stride,
+        scale,
+        sigmoid,
+        heads,
+        fine,
+    )
+    refuse_nan(fine)
+    return out
+
+
+filtered_keys_operator = torch.library.custom_op(
+    "gsa::filtered_keys", _filtered_keys, mutates_args=()
+)
+filtered_keys = undispatched(_filtered_keys, filtered_keys_operator)
+
+
+@filtered_keys_operator.register_fake
+def _(q, k, sample, weight, bias, docs, wanted, width, sizes, tiles, *rest):  # type: ignore[no-untyped-def]
+    shape = (q.shape[0], rest[-1], tiles[1] - tiles[0], width)
+    return q.new_empty(shape, dtype=torch.int32)

@@ -155,6 +155,38 @@ def shrink_kernel(
     tl.store(count_ptr + entry, total)
 
 
+@triton.jit
+def best(key, want):
+    """The `want` largest keys of each row: (which, the place of each among them, how many)."""
+    want = tl.minimum(want, tl.sum((key > EMPTY).to(tl.int32), 1))
+    some = want > 0
+    top = tl.where(some, tl.max(key, 1), 0)
+    least = tl.min(tl.where(key > EMPTY, key, top[:, None]), 1)
+    threshold = tl.where(some, least, 0)
+    while tl.max(top - threshold, 0) > 0:
+        middle = (threshold + top + 1) >> 1
+        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        threshold = tl.where(n >= want, middle, threshold)
+        top = next_top(n, want, middle, top)
+    above = key > threshold[:, None]
+    tie = key == threshold[:, None]
+    room = want - tl.sum(above.to(tl.int32), 1)
+    # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
+    rank = tl.cumsum(above.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
+    ties = tl.minimum(rank & 65535, room[:, None])
+    keep = (above | (tie & ((rank & 65535) <= room[:, None]))) & some[:, None]
+    return keep, (rank >> 16) + ties - 1, want
+
+
+@triton.jit
+def fill(out, want, row_ok, width, BW: tl.constexpr):
+    """-1 behind the `want` choices of rows of `width` places; out [BM, 1] pointers."""
+    for low in range(0, width, BW):
+        slot = low + tl.arange(0, BW)[None, :]
+        empty = row_ok[:, None] & (slot >= tl.maximum(want, 0)[:, None]) & (slot < width)
+        tl.store(out + slot, tl.full([out.shape[0], BW], -1, tl.int32), mask=empty)
+
+
 @triton.jit(do_not_specialize=["first_tile", "rows", "n_columns", "most", "width", "n_parents"])
 def select_kernel(
     score_ptr,  # [B, H, rows, stride] float32
@@ -211,25 +243,8 @@ def select_kernel(
         score = tl.load(score_ptr + place, mask=ok, other=0.0)
     bad = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
     tl.store(fine_ptr, 0, mask=bad > 0)
-    key = ordered(score, ok)
     want = wanted_of(wanted_ptr, entry, row_ok, most, HAS_WANTED)
-    want = tl.minimum(want, tl.sum((key > EMPTY).to(tl.int32), 1))
-    some = want > 0
-    top = tl.where(some, tl.max(key, 1), 0)
-    least = tl.min(tl.where(key > EMPTY, key, top[:, None]), 1)
-    threshold = tl.where(some, least, 0)
-    while tl.max(top - threshold, 0) > 0:
-        middle = (threshold + top + 1) >> 1
-        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        threshold = tl.where(n >= want, middle, threshold)
-        top = next_top(n, want, middle, top)
-    above = key > threshold[:, None]
-    tie = key == threshold[:, None]
-    room = want - tl.sum(above.to(tl.int32), 1)
-    # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
-    rank = tl.cumsum(above.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
-    ties = tl.minimum(rank & 65535, room[:, None])
-    keep = (above | (tie & ((rank & 65535) <= room[:, None]))) & some[:, None]
+    keep, slot, want = best(ordered(score, ok), want)
     found = column
     if LISTED:
         found = tl.load(column_ptr + place, mask=keep, other=0)
@@ -238,8 +253,5 @@ def select_kernel(
         parent = tl.load(parents + found // RATIO, mask=keep, other=0)
         found = parent * RATIO + found % RATIO
     out = out_ptr + entry[:, None] * width
-    tl.store(out + ((rank >> 16) + ties - 1), found, mask=keep)
-    for low in range(0, width, BW):
-        slot = low + tl.arange(0, BW)[None, :]
-        empty = row_ok[:, None] & (slot >= tl.maximum(want, 0)[:, None]) & (slot < width)
-        tl.store(out + slot, tl.full([BM, BW], -1, tl.int32), mask=empty)
+    tl.store(out + slot, found, mask=keep)
+    fill(out, want, row_ok, width, BW)

@@ -1,0 +1,59 @@
+"""When single keys are chosen from short lists of scores (triton_filter.py), and how long lists."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gsa_kernels.index_score.api import IndexFactors
+from gsa_kernels.selection import SelectionSpec
+
+EVERY = 16  # of so many keys one is a sample, where no row has more samples than SAMPLES
+SAMPLES = 32768
+FEWEST = 1024  # places of a list
+MOST = 16384
+HELD = 1 << 28  # bytes of lists, or of the sample's scores, at a time
+ROWS = 1024  # with fewer the kernels do not fill a GPU
+CHANNELS = 512  # of all heads' queries of a row: they stay in shared memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    places: int  # scores that are listed per row, at most
+    stride: int  # keys per sample
+    rows: int  # of a list at a time
+
+
+def plan(
+    factors: IndexFactors, spec: SelectionSpec, width: int, tiles: int, longest: int
+) -> Plan | None:
+    """How to choose `width` keys at most of rows of more than `longest`; None: as blocks are."""
+    heads, channels = factors.q_BTJI.shape[2:]
+    keys, lists = factors.k_BSI.shape[1], factors.q_BTJI.shape[0] * factors.heads
+    if spec.key_block > 1 or keys <= longest or not width or tiles * lists < ROWS:
+        return None
+    if factors.q_BTJI.dtype != factors.k_BSI.dtype:
+        return None
+    size = factors.q_BTJI.element_size()
+    if heads // factors.heads * channels * size > 2 * CHANNELS:
+        return None
+    stride = EVERY
+    while keys // stride > SAMPLES:
+        stride *= 2
+    mean = width / stride
+    rank = mean + 5.5 * math.sqrt(mean) + 4
+    # The list's length has the spread of the samples above its threshold.
+    need = stride * (rank * 33 / 32 + 5 * math.sqrt(rank))
+    places = max(FEWEST, 1 << math.ceil(math.log2(need)))
+    if places > MOST:
+        return None
+    rows = HELD // (max(8 * places, 4 * (keys // stride)) * lists)
+    return Plan(places, stride, max(1, rows))
+
+
+def sample_of(k_BSI: Tensor, stride: int) -> Tensor:
+    """[B, S // stride, 1, I]: of every `stride` keys one, not always the same, so that no period
+    of the text meets it each time."""
+    n = torch.arange(k_BSI.shape[1] // stride, device=k_BSI.device)
+    return k_BSI[:, n * stride + (n * 40503 >> 7) % stride][:, :, None]

@@ -1,0 +1,262 @@
+"""Single keys chosen from lists of those scores that reach a guessed threshold: exactly.
+
+The path that writes all scores is held against eager in test_triton_select.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import make_factors
+from test_triton_select import DEVICE, DTYPES, docs_of, documents, low
+
+from gsa_kernels.select import select
+from gsa_kernels.selection import SelectionSpec
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.kernel
+
+KEYS, QUERIES = 300, 8
+SPEC = SelectionSpec(1, 1, window=7, sinks=3)
+
+
+@pytest.fixture
+def short_lists(monkeypatch):
+    """Rows of more than 40 keys count as long; the function sets how many scores lists hold."""
+    from gsa_kernels.select import filtering, kernels, triton_launch
+
+    plan = filtering.plan
+
+    def apply(places=128, rows=1000):
+        def shorter(*args):
+            found = plan(*args)
+            return None if found is None else replace(found, places=places, rows=rows)
+
+        for module in (kernels, triton_launch):
+            monkeypatch.setattr(module, "LONGEST", 40)
+        monkeypatch.setattr(filtering, "EVERY", 4)
+        monkeypatch.setattr(filtering, "ROWS", 1)
+        monkeypatch.setattr(filtering, "plan", shorter)
+
+    return apply
+
+
+@pytest.fixture
+def misjudged(monkeypatch):
+    """(rows, how many of them had too few scores listed, or too many) of each launch."""
+    from gsa_kernels.select import filter_launch
+
+    seen = []
+    kernel = filter_launch.exact_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                bound, count, want = args[5], args[6].sum(-1), args[16]
+                few = (count < want) & (bound > -torch.inf)
+                many = count > constants["CAP"]
+                seen.append((count.numel(), int(few.sum()), int(many.sum())))
+                return kernel[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(filter_launch, "exact_kernel", Watched())
+    return seen
+
+
+def late(dtype=torch.float32, queries=QUERIES, **kwargs):
+    """The last queries of a sequence."""
+    factors = low(make_factors(KEYS, **kwargs), dtype)
+    start = KEYS - queries
+    return replace(factors.rows(torch.arange(start, KEYS, device=DEVICE)), q_start=start)
+
+
+def choice(factors, docs=None, spec=SPEC, k=30):
+    chosen = select(factors, spec, k, k, factors.n_queries, docs, impl="triton")
+    return chosen.selection.blocks_BHQN
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+@documents
+def test_the_same_choice(short_lists, misjudged, dtype, activation, documents):
+    factors = late(dtype, heads=2, activation=activation)
+    spec, docs = replace(SPEC, heads=2), docs_of(KEYS, documents)
+    expected = choice(factors, docs, spec)
+    short_lists()
+    assert torch.equal(choice(factors, docs, spec), expected)
+    ((rows, few, many),) = misjudged
+    assert rows == 4 * QUERIES and few + many <= rows // 8
+
+
+@documents
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, SelectionSpec(1, 4, window=7), SelectionSpec(1, 1, window=1, sinks=100)],
+    ids=["token", "tile", "sinks"],
+)
+def test_chunks_of_rows(short_lists, misjudged, spec, documents):
+    factors, docs = late(index_heads=3, width=24), docs_of(KEYS, documents)
+    k = 20 + spec.sinks
+    expected = choice(factors, docs, spec, k)
+    short_lists(rows=5)
+    assert torch.equal(choice(factors, docs, spec, k), expected)
+    assert len(misjudged) == -(-(-(-QUERIES // spec.query_tile)) // 5)
+
+
+def test_short_rows_before_long_ones(short_lists, misjudged):
+    factors = low(make_factors(60, batch=1))
+    expected = choice(factors)
+    short_lists()
+    assert torch.equal(choice(factors), expected)
+    assert misjudged == [(20, 0, 0)]
+
+
+@documents
+@pytest.mark.parametrize("wrong", ["few", "many"])
+def test_rows_whose_guess_was_wrong(short_lists, misjudged, monkeypatch, wrong, documents):
+    from gsa_kernels.select import filtering
+
+    factors, docs = late(), docs_of(KEYS, documents)
+    expected = choice(factors, docs)
+    short_lists(places=64 if wrong == "many" else 128)
+    sample_of = filtering.sample_of
+    better = 1.0 if wrong == "many" else 3.0
+    monkeypatch.setattr(filtering, "sample_of", lambda k, stride: sample_of(k, stride) * better)
+    assert torch.equal(choice(factors, docs), expected)
+    ((rows, *found),) = misjudged
+    assert found[wrong == "many"] > rows // 4
+
+
+def kept(kind, factors):
+    """Factors whose scores a sample misleads about."""
+    k, position = factors.k_BSI.clone(), torch.arange(KEYS, device=DEVICE)
+    if kind == "equal":
+        k[:] = k[:, :1]
+    elif kind == "few values":
+        k[:] = k[:, position % 3]
+    elif kind == "saturated":
+        k = k.sign() * 1000
+    elif kind == "giant":
+        k[:, 150] *= 1e4
+    elif kind == "sorted":
+        k = k[:, :1] * (position / 50)[:, None]
+    elif kind == "backwards":
+        k = k[:, :1] * (6 - position / 50)[:, None]
+    elif kind == "period":
+        k = torch.where((position % 4 == 1)[:, None], k, k[:, :1])
+    return replace(factors, k_BSI=k)
+
+
+@pytest.mark.parametrize(
+    "kind", ["equal", "few values", "saturated", "giant", "sorted", "backwards", "period"]
+)
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+def test_scores_that_mislead_a_sample(short_lists, kind, activation):
+    factors = kept(kind, late(activation=activation))
+    expected = choice(factors)
+    short_lists()
+    assert torch.equal(choice(factors), expected)
+
+
+@pytest.mark.parametrize("places", [64, 256])
+@pytest.mark.parametrize("part", ["q_BTJI", "k_BSI", "weight_BTJ"])
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on a GPU ends the process")
+def test_nan_is_refused(short_lists, places, part):
+    short_lists(places)
+    factors = late()
+    bad = getattr(factors, part).clone()
+    bad[1, 10] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        choice(replace(factors, **{part: bad}))
+    late_key = factors.k_BSI.clone()
+    late_key[:, -5:] = torch.nan  # no candidate
+    choice(replace(factors, k_BSI=late_key))
+
+
+def test_no_result_depends_on_uninitialised_memory(short_lists, monkeypatch):
+    factors, docs = late(), docs_of(KEYS, True)
+    expected = choice(factors, docs)
+    short_lists(places=64)
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert torch.equal(choice(factors, docs), expected)
+
+
+def test_thresholds_are_the_least_scores_of_their_key():
+    import triton
+    import triton.language as tl
+
+    from gsa_kernels.select.triton_filter import least_score
+    from gsa_kernels.select.triton_select import ordered
+
+    @triton.jit
+    def keys_kernel(x_ptr, key_ptr, least_ptr, N: tl.constexpr):
+        n = tl.arange(0, N)
+        key = ordered(tl.load(x_ptr + n), n >= 0)
+        tl.store(key_ptr + n, key)
+        tl.store(least_ptr + n, least_score(key))
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=g) * 2.0 ** torch.randint(-140, 120, (4096,), generator=g)
+    x[:4] = torch.tensor([0.0, -0.0, torch.inf, 1e-45])
+
+    def keys(x):
+        key, least = torch.empty(4096, dtype=torch.int32, device=DEVICE), torch.empty_like(x)
+        keys_kernel[(1,)](x, key, least, N=4096)
+        return key, least
+
+    key, least = keys(x.to(DEVICE))
+    assert (least <= x.to(DEVICE)).all() and torch.equal(keys(least)[0], key)
+    lower = torch.nextafter(least, torch.full_like(least, -torch.inf))
+    assert (keys(lower)[0] < key).all()
+
+
+def test_plans():
+    from gsa_kernels.select.filtering import plan
+
+    def of(keys, width, queries=None):
+        shape = (1, keys if queries is None else queries)
+        factors = replace(
+            make_factors(1),
+            q_BTJI=torch.empty(*shape, 4, 64, device="meta", dtype=torch.bfloat16),
+            k_BSI=torch.empty(1, keys, 64, device="meta", dtype=torch.bfloat16),
+            weight_BTJ=torch.empty(*shape, 4, device="meta"),
+        )
+        return plan(factors, SPEC, width, shape[1], 4096)
+
+    found = of(131072, 1856)
+    assert (found.places, found.stride, found.rows) == (4096, 16, 8192)
+    assert of(1 << 20, 1856).stride == 32 and of(1 << 20, 1856).places == 8192
+    assert of(4096, 1856) is None and of(131072, 1856, queries=1) is None
+    assert of(131072, 12000) is None
+
+
+def test_operator_is_registered_truthfully():
+    from gsa_kernels.select import filtering, ops
+
+    factors, docs = late(), docs_of(KEYS, True)
+    sample = filtering.sample_of(factors.k_BSI, 4)
+    args = (factors.q_BTJI, factors.k_BSI, sample, factors.weight_BTJ, factors.bias_J, docs)
+    args = (*args, 9, 10, [1, 7, 3, factors.q_start], [280, 290, 283], 64, 4, 0.3, True, 1)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.filtered_keys_operator, args, test_utils=checks)
+
+
+def test_one_compiled_graph(short_lists):
+    factors = late(queries=4)
+    short_lists()
+
+    def choose(q):
+        return choice(replace(factors, q_BTJI=q)) + 1
+
+    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(factors.q_BTJI), choose(factors.q_BTJI))
