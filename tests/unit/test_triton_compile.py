@@ -27,6 +27,7 @@ CASES += [(shape, "sm_90") for shape in SHAPES if shape != "tile"]
 
 
 COARSE = ["running_kernel", "score_kernel", "select_kernel", "survivor_kernel", "select_kernel"]
+LISTS = ["score_kernel", "threshold_kernel", "filter_kernel", "pick_kernel", "exact_kernel"]
 # targets, C, R, T, J, I, dtype, k, score, docs, coarse scores -> launches of one call
 SELECTIONS = {
     "sm_80,sm_90,sm_100 1 1 4096 4 64 bfloat16 2048 mean mean,256,16": COARSE,
@@ -34,7 +35,11 @@ SELECTIONS = {
     "sm_80,sm_90,sm_100 64 64 131072 4 64 bfloat16 2048 mean": [
         "pool_kernel", "score_kernel", "select_kernel",
     ],
-    "sm_90 1 1 6000 4 64 bfloat16 2048 mean": [
+    "sm_80,sm_90,sm_100 1 1 6000 4 64 bfloat16 2048 mean": [
+        "score_kernel", "select_kernel", *LISTS,
+    ],
+    "sm_90 1 1 6000 8 32 float16 512 mean docs": ["score_kernel", "select_kernel", *LISTS],
+    "sm_90 1 1 6000 4 64 float32 2048 mean": [
         "score_kernel", "select_kernel",
         *["score_kernel", "shrink_kernel", "select_kernel"] * 2,
     ],
@@ -89,8 +94,11 @@ def test_selections_compile_without_spills_and_launch_little(arguments):
     assert kernels == SELECTIONS[arguments]
     # Per choice a flag, and the test that no NaN has cleared it. Several chunks are copied.
     choices, coarse = kernels.count("select_kernel"), "running_kernel" in kernels
-    chunks = choices // (1 + coarse)
-    assert len(pytorch) == 2 * choices + coarse + (0 if chunks == 1 else chunks + 1)
+    lists = kernels.count("pick_kernel")
+    chunks = choices // (1 + coarse) + lists
+    sample = 7 if lists else 0  # which keys, and these keys
+    copies = 0 if chunks == 1 else chunks + 1
+    assert len(pytorch) == 2 * (choices + lists) + coarse + sample + copies
     for row in rows:
         # Two words of stack are no spilled tile.
         assert row["shared"] <= min(SHARED.values()) and row["local"] <= 8, row

@@ -15,12 +15,17 @@ from test_triton_select import DEVICE, DTYPES, docs_of, documents, low
 from gsa_kernels.select import select
 from gsa_kernels.selection import SelectionSpec
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from gsa_kernels.select.triton_filter import least_score  # noqa: E402
+from gsa_kernels.select.triton_select import ordered  # noqa: E402
 
 pytestmark = pytest.mark.kernel
 
 KEYS, QUERIES = 300, 8
-SPEC = SelectionSpec(1, 1, window=7, sinks=3)
+SPEC = SelectionSpec(1, 1, window=7, sinks=2)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def misjudged(monkeypatch):
     return seen
 
 
-def late(dtype=torch.float32, queries=QUERIES, **kwargs):
+def late(dtype=torch.float16, queries=QUERIES, **kwargs):
     """The last queries of a sequence."""
     factors = low(make_factors(KEYS, **kwargs), dtype)
     start = KEYS - queries
@@ -79,7 +84,7 @@ def choice(factors, docs=None, spec=SPEC, k=30):
     return chosen.selection.blocks_BHQN
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
 @documents
 def test_the_same_choice(short_lists, misjudged, dtype, activation, documents):
@@ -104,11 +109,12 @@ def test_chunks_of_rows(short_lists, misjudged, spec, documents):
     expected = choice(factors, docs, spec, k)
     short_lists(rows=5)
     assert torch.equal(choice(factors, docs, spec, k), expected)
-    assert len(misjudged) == -(-(-(-QUERIES // spec.query_tile)) // 5)
+    tiles = QUERIES // spec.query_tile
+    assert [rows for rows, _, _ in misjudged][1:] == ([6] if tiles == 8 else [])
 
 
 def test_short_rows_before_long_ones(short_lists, misjudged):
-    factors = low(make_factors(60, batch=1))
+    factors = low(make_factors(60, batch=1), torch.float16)
     expected = choice(factors)
     short_lists()
     assert torch.equal(choice(factors), expected)
@@ -169,7 +175,7 @@ def test_nan_is_refused(short_lists, places, part):
     short_lists(places)
     factors = late()
     bad = getattr(factors, part).clone()
-    bad[1, 10] = torch.nan
+    bad[1, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         choice(replace(factors, **{part: bad}))
     late_key = factors.k_BSI.clone()
@@ -191,20 +197,15 @@ def test_no_result_depends_on_uninitialised_memory(short_lists, monkeypatch):
     assert torch.equal(choice(factors, docs), expected)
 
 
+@triton.jit
+def keys_kernel(x_ptr, key_ptr, least_ptr, N: tl.constexpr):
+    n = tl.arange(0, N)
+    key = ordered(tl.load(x_ptr + n), n >= 0)
+    tl.store(key_ptr + n, key)
+    tl.store(least_ptr + n, least_score(key))
+
+
 def test_thresholds_are_the_least_scores_of_their_key():
-    import triton
-    import triton.language as tl
-
-    from gsa_kernels.select.triton_filter import least_score
-    from gsa_kernels.select.triton_select import ordered
-
-    @triton.jit
-    def keys_kernel(x_ptr, key_ptr, least_ptr, N: tl.constexpr):
-        n = tl.arange(0, N)
-        key = ordered(tl.load(x_ptr + n), n >= 0)
-        tl.store(key_ptr + n, key)
-        tl.store(least_ptr + n, least_score(key))
-
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4096, generator=g) * 2.0 ** torch.randint(-140, 120, (4096,), generator=g)
     x[:4] = torch.tensor([0.0, -0.0, torch.inf, 1e-45])
@@ -246,7 +247,7 @@ def test_operator_is_registered_truthfully():
     factors, docs = late(), docs_of(KEYS, True)
     sample = filtering.sample_of(factors.k_BSI, 4)
     args = (factors.q_BTJI, factors.k_BSI, sample, factors.weight_BTJ, factors.bias_J, docs)
-    args = (*args, 9, 10, [1, 7, 3, factors.q_start], [280, 290, 283], 64, 4, 0.3, True, 1)
+    args = (*args, 9, 10, [1, 7, 3, factors.q_start], [293, 298, 291], 64, 4, 0.3, True, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.filtered_keys_operator, args, test_utils=checks)
 

@@ -11,12 +11,12 @@ through the tensor cores with float32 sums, exactly; a mean of 16-bit keys is th
 three TF32 products.
 
 Sigmoids are what limits the speed: a multiprocessor takes an exponential or a reciprocal of 16
-numbers in a cycle. So up to four heads share a reciprocal, as the sum of the fractions w / (1 + t)
-is one fraction, whose parts are kept (`joined`): 1.25 such operations a head in place of 2. Its
-denominator must stay below 2^124, so no sigmoid of four counts as less than 2^-31, which moves a
-score by 2^-31 of the weights' sum (2^-62 for float32 factors, of which two share); weights must
-stay below 2^31. tanh.approx, one operation, has an error of 2^-11 of its value: more than the
-comparison resolves, and none of a small sigmoid's digits.
+numbers in a cycle. So up to four heads of single keys share a reciprocal, as the sum of the
+fractions w / (1 + t) is one fraction, whose parts are kept (`joined`): 1.25 such operations a head
+in place of 2. Its denominator must stay below 2^124, so no sigmoid of four counts as less than
+2^-31, which moves a score by 2^-31 of the weights' sum (2^-62 for float32 factors, of which two
+share); weights must stay below 2^31. tanh.approx, one operation, has an error of 2^-11 of its
+value: more than the comparison resolves, and none of a small sigmoid's digits.
 
 Legend: B batch, T queries, S keys, J index heads, I index width, H selection heads, C keys per
 block, R queries per tile, BM rows and BN columns (or keys) per program.
@@ -148,7 +148,9 @@ def joined(
         t = tl.exp2(tl.minimum(x, 124.0 / GROUP, propagate_nan=tl.PropagateNan.ALL))
         if FIRST:
             return weight + over, 1.0 + t
-        return tl.fma(weight + tl.zeros_like(x), under, tl.fma(over, t, over)), tl.fma(under, t, under)
+        return tl.fma(weight + tl.zeros_like(x), under, tl.fma(over, t, over)), tl.fma(
+            under, t, under
+        )
     return tl.fma(weight + tl.zeros_like(x), tl.where(x < 0.0, 0.0, x), over), under
 
 
@@ -160,9 +162,8 @@ def ratio(over, under, SIGMOID: tl.constexpr):
 
 
 @triton.constexpr_function
-def group_of(heads, wide):
+def group_of(heads, most):
     """How many of `heads` heads join: a divisor of their number."""
-    most = 2 if wide else 4
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
@@ -234,7 +235,7 @@ def score_kernel(
 ):
     CB: tl.constexpr = BN // CP  # columns
     JH: tl.constexpr = J // H
-    GROUP: tl.constexpr = group_of(JH, WIDE)
+    GROUP: tl.constexpr = group_of(JH, 1 if PARTS > 1 else 2 if WIDE else 4)
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     row_ok = row < rows

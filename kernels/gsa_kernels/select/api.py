@@ -131,8 +131,9 @@ def _rows(
     n_queries: int,
     doc_start_BS: Tensor | None,
     statistics: bool,
-    width: int,
+    width: int = 0,
 ) -> "chunked.Rows":
+    """width: as FactorRows'."""
     from . import eager, kernels
 
     fused = name == "triton" and kernels.scores_in_kernel(factors)

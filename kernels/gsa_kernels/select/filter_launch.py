@@ -72,7 +72,7 @@ def filtered_keys(
     filter_kernel[(ceil_div(rows, ROWS), 2, lists)](
         q, k, weight, weight if bias is None else bias, held, bound, items, count,
         queries, s, q_start, first_tile, rows, k.shape[1], scale,
-        **common, BM=ROWS, BN=KEYS, STAGES=STAGES,
+        **common, BM=ROWS, BN=KEYS if index_heads <= 4 * heads else 32, STAGES=STAGES,
         num_warps=WARPS,
     )  # fmt: skip
     fill = min(256, power_of_2(width))
@@ -81,10 +81,10 @@ def filtered_keys(
         CAP=places, BW=fill,
         num_warps=min(32, max(1, places // 512)),
     )  # fmt: skip
-    exact_kernel[(ceil_div(rows, ROWS), lists)](
+    exact_kernel[(ceil_div(rows, 64), lists)](
         q, k, weight, weight if bias is None else bias, held, bound, count, out, fine,
         queries, s, q_start, first_tile, rows, k.shape[1], wanted, width, scale,
-        **common, BM=ROWS, BN=KEYS, BW=fill,
-        num_warps=WARPS,
+        **common, BM=64, BN=32, BW=fill,
+        num_warps=8,
     )  # fmt: skip
     return out

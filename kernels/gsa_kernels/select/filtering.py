@@ -1,4 +1,4 @@
-"""When single keys are chosen from short lists of scores (triton_filter.py), and how long lists."""
+"""When single keys are chosen from lists of some scores (triton_filter.py), and how long those."""
 
 import math
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ ROWS = 1024  # with fewer the kernels do not fill a GPU
 CHANNELS = 512  # of all heads' queries of a row: they stay in shared memory
 
 
+def padded(channels: int) -> int:
+    return 1 << max(4, (channels - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Plan:
     places: int  # scores that are listed per row, at most
@@ -33,10 +37,10 @@ def plan(
     keys, lists = factors.k_BSI.shape[1], factors.q_BTJI.shape[0] * factors.heads
     if spec.key_block > 1 or keys <= longest or not width or tiles * lists < ROWS:
         return None
-    if factors.q_BTJI.dtype != factors.k_BSI.dtype:
+    dtype = factors.q_BTJI.dtype
+    if dtype != factors.k_BSI.dtype or dtype.itemsize != 2:
         return None
-    size = factors.q_BTJI.element_size()
-    if heads // factors.heads * channels * size > 2 * CHANNELS:
+    if heads // factors.heads * padded(channels) > CHANNELS:
         return None
     stride = EVERY
     while keys // stride > SAMPLES:

@@ -131,7 +131,7 @@ class FactorRows(Rows):
     def score(self, tiles: slice, n_blocks: int) -> Scored:
         factors, spec = self.factors, self.spec
         if self.filtered(tiles.start):
-            none = self.q.new_empty(0)
+            none = self.q[:0]
             return Scored(none, none)
         single = factors.block_score == "max" and spec.key_block > 1
         if self.keys is None:

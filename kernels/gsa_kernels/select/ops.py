@@ -82,7 +82,7 @@ def _filtered_keys(
     width. sample [B, S // stride, 1, I]: of every `stride` keys one, by
     whose scores the choice is short; it is the same for any sample. sizes: R, window, sinks,
     q_start. tiles: the first one, the one after the last, and the columns that the last can reach.
-    places: scores held per row, more than are wanted (see filtering.plan). Raises ValueError on
+    places: scores held per row, more than are wanted (see filtering.Plan). Raises ValueError on
     NaN (a CUDA device asserts instead).
     """
     from . import filter_launch

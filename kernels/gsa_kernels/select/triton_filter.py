@@ -11,10 +11,10 @@ long the choice takes and never what it is.
 A list is filled from both ends, by two programs that walk the keys upwards and downwards, and
 is ascending from one end to the other. Per key the filter only compares and sets a bit: the place
 of a score in the list is how many bits lie below its own in its word of 32 keys, plus what the
-words before it hold.
+words before it hold. No scan or store of a tile passes through shared memory.
 
-Legend: B batch, H selection heads, J index heads, R queries per tile, CAP places of a list, BM rows
-and BN keys per step.
+Legend: B batch, H selection heads, J index heads, R queries per tile, CAP places of a list, BM
+rows and BN keys per step.
 """
 
 import triton
@@ -37,8 +37,8 @@ LARGEST = tl.constexpr(0x7F800)  # the key of infinity
 
 @triton.jit
 def sample_rank(want, STRIDE: tl.constexpr):
-    """How many of the sample shall reach the threshold. Of the `want` best, each in the sample with
-    chance 1 / STRIDE, as many are there once in 10^7 rows or less."""
+    """How many of the sample shall reach the threshold. Of the `want` best, each in the sample
+    with chance 1 / STRIDE, as many are there once in 10^7 rows or less."""
     mean = want / STRIDE
     return (mean + 5.5 * tl.sqrt(mean * (1.0 - 1.0 / STRIDE))).to(tl.int32) + 4
 
@@ -111,11 +111,12 @@ def queries(
         q_at = (q_line + j)[:, None] * WIDTH + i[None, :]
         q = tl.load(q_ptr + q_at, mask=ok[:, None] & (i < WIDTH)[None, :], other=0.0)
         weight = tl.load(weight_ptr + q_line + j, mask=ok, other=0.0).to(tl.float32)
-        qs, weights = qs + (q,), weights + (weight,)
+        # Triton knows no starred tuple.
+        qs, weights = qs + (q,), weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
-        biases = biases + (bias,)
+        biases = biases + (bias,)  # type: ignore[assignment]  # noqa: RUF005
     return qs, weights, biases
 
 
@@ -125,7 +126,7 @@ def scores_of(
     HAS_BIAS: tl.constexpr
 ):  # fmt: skip
     """[BM, BN] scores of keys [BN, BI], as score_kernel's."""
-    GROUP: tl.constexpr = group_of(JH, WIDE)
+    GROUP: tl.constexpr = group_of(JH, 2 if WIDE else 4)
     BM: tl.constexpr = qs[0].shape[0]
     BN: tl.constexpr = k.shape[0]
     for first_head in tl.static_range(0, JH, GROUP):
@@ -406,7 +407,7 @@ def exact_kernel(
             middle = tl.where(
                 stage == 0, EMPTY + 1, tl.where(stage == 1, (threshold + top + 1) >> 1, threshold)
             )
-            middle += (stage == 2).to(tl.int32)
+            middle += tl.where(stage == 2, 1, 0)
             count = tl.zeros([BM], tl.int32)
             ties = tl.zeros([BM], tl.int32)
             for column_0 in range(low, stop, BN):
