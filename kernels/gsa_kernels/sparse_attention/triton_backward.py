@@ -12,7 +12,16 @@ Legend: see triton_forward.py.
 import triton
 import triton.language as tl
 
-from .triton_forward import first_local, load_gate, load_range, logits_of, tile_rows
+from .triton_forward import (
+    first_local,
+    load_gate,
+    load_range,
+    range_mask,
+    range_of_rows,
+    tile_rows,
+    walked_key,
+    whole_keys,
+)
 from .triton_union import pair_numbers
 
 
@@ -66,12 +75,24 @@ def delta_kernel(
 
 
 @triton.jit
-def softmax_backward(q, k, v, do, lse, delta, s_extra, keep, scale_log2, MASKED: tl.constexpr):
-    """(p, ds) of one step, ds without the factor `scale`."""
-    s = logits_of(q, k, scale_log2) + s_extra
-    p = tl.exp2(s - lse[:, None])
+def probabilities(s, lse, extra, scale_log2, HAS_EXTRA: tl.constexpr):
+    """Of products s, with lse and the bias `extra` in units of log2."""
+    # Adding a zero would cost an instruction for each.
+    if HAS_EXTRA:
+        return tl.exp2(s * scale_log2 + (extra - lse))
+    return tl.exp2(s * scale_log2 - lse)
+
+
+@triton.jit
+def softmax_backward(
+    q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr
+):
+    """(p, ds) of one step, ds without the factor `scale`. mask: 0 or -inf, where MASKED."""
     if MASKED:
-        p = tl.where(keep, p, 0.0)
+        s = tl.dot(q, k, mask, input_precision="ieee")
+    else:
+        s = tl.dot(q, k, input_precision="ieee")
+    p = probabilities(s, lse[:, None], extra, scale_log2, HAS_EXTRA)
     dp = tl.dot(do, v, input_precision="ieee")
     return p, p * (dp - delta[:, None])
 
@@ -155,21 +176,27 @@ def dq_kernel(
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
+    sink_low, sinks = 0, 0
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
+    whole, diagonal = whole_keys(n_keys, sinks, local, tile * R, C, BN, UNION)
     own = tl.zeros([BM], tl.int32)
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
-    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
+    for low in tl.range(0, whole, BN, num_stages=STAGES):
         n = low + offs_n
-        n_ok = n < n_keys
+        n_ok = n < whole
         if C % BN == 0:
-            block = tl.load(list_base + low // C)
-            key = block * C + low % C + offs_n
+            row = walked_key(list_base, low, n_keys, sink_low, sinks, local, whole, C, UNION)
+            key = row + offs_n
         else:
-            block = tl.load(list_base + n // C, mask=n_ok, other=0)
-            key = block * C + n % C
+            key = walked_key(list_base, n, n_keys, sink_low, sinks, local, whole, C, UNION)
         offset = key.to(tl.int64) * (K * E)
         if TMA:
-            box = [b, block * C + low % C, kv_head * E]
+            box = [b, row, kv_head * E]
             k = k_desc.load(box).reshape([BN, BE]).T
             v = v_desc.load(box).reshape([BN, BE]).T
         elif BE == E:
@@ -199,12 +226,15 @@ def dq_kernel(
                 extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 extra = extra[:, None] * 1.4426950408889634
             elif C % BN == 0:
-                extra = tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+                at = tl.load(bias_ptr + entry * N + low // C, mask=low < n_keys, other=0.0)
+                extra = at * 1.4426950408889634
             else:
-                at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
+                at = tl.load(bias_ptr + entry * N + n // C, mask=n < n_keys, other=0.0)
                 extra = at[None, :] * 1.4426950408889634
+        mask = tl.where(keep, 0.0, float("-inf"))
         p, ds = softmax_backward(
-            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
+            q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_BIAS,
+            HAS_DOCS or UNION or C % BN != 0
         )
         if UNION:
             if HAS_BIAS and C > 1:
@@ -219,13 +249,13 @@ def dq_kernel(
                 total = tl.sum(ds)
                 if C > BN:  # the same thread adds up the parts of a block
                     if low % C != 0:
-                        total += tl.load(into)
-                tl.store(into, total)
+                        total += tl.load(into, mask=low < n_keys, other=0.0)
+                tl.store(into, total, mask=low < n_keys)
             else:
                 slots: tl.constexpr = BN // C
                 per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
                 slot = low // C + tl.arange(0, slots)
-                tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
+                tl.store(into + slot, tl.sum(per_key, 1), mask=slot * C < n_keys)
         ds16 = ds.to(k.dtype)
         dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
@@ -236,41 +266,21 @@ def dq_kernel(
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
 
-    if HAS_SINKS:
-        sink = sink_ptr + b * sink_stride + i * 2
-        sink_low = tl.load(sink)
-        reach = first_local(tile * R + R - A, C, A, WINDOW)
-        sink_high = tl.minimum(tl.load(sink + 1), reach)
-        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
-            key = low + offs_n
-            key_ok = key < sink_high
-            column = kv_head * E
-            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-            keep = key_ok[None, :] & (key[None, :] >= start[:, None])
-            if UNION:
-                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
-            p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
-            ds16 = ds.to(k.dtype)
-            dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
-            if ATOMIC:
-                dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-                into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-                ok = key_ok[:, None] & e_ok[None, :]
-                tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-                tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
-
-    for low in tl.range(local, stop, BN, num_stages=1):
+    far = tl.cdiv(sinks, BN) if UNION else 0
+    for step in tl.range(0, far + tl.cdiv(stop - diagonal, BN), num_stages=1):
+        is_sink = step < far
+        low = tl.where(is_sink, sink_low + step * BN, diagonal + (step - far) * BN)
+        end = tl.where(is_sink, sink_low + sinks, stop)
         key = low + offs_n
-        key_ok = key < stop
+        key_ok = key < end
         column = kv_head * E
         k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
-        if UNION:
-            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
-        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
+        row_first, row_end = range_of_rows(
+            end, low, is_sink, position, start, C, A, WINDOW, BN, UNION
+        )
+        mask = range_mask(row_first[:, None], row_end[:, None], offs_n[None, :])
+        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, mask, scale_log2, False, True)
         ds16 = ds.to(k.dtype)
         dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
@@ -323,7 +333,8 @@ def dkv_rows(
     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
     kv_head, tile, step, q_start, T, S, scale_log2, H: tl.constexpr, G: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
+    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    TMA: tl.constexpr
 ):  # fmt: skip
     """Add to dk, dv [C, BE] what BM query rows of a tile give, the step-th of its R G / BM parts.
 
@@ -349,14 +360,18 @@ def dkv_rows(
     else:
         q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
     lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
-    p = tl.exp2(s - lse[None, :])
-    if LOCAL:
-        reach = first_local(at_row, C, R, WINDOW)
-        p = tl.where((key[:, None] <= at_row[None, :]) & (key[:, None] >= reach[None, :]), p, 0.0)
-    if HAS_DOCS:
-        start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
-        p = tl.where(key[:, None] >= start[None, :], p, 0.0)
+    if LOCAL or HAS_DOCS:
+        start = at_row * 0
+        if HAS_DOCS:
+            start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
+        if LOCAL:
+            start = tl.maximum(start, first_local(at_row, C, R, WINDOW))
+        end = at_row + 1 if LOCAL else at_row * 0 + C
+        mask = range_mask(start[None, :], end[None, :], key[:, None])
+        s = tl.dot(k, tl.trans(q), mask, input_precision="ieee")
+    else:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = probabilities(s, lse[None, :], extra, scale_log2, HAS_EXTRA)
     return add_rows(dk, dv, p, q, do, v, delta)
 
 
@@ -446,7 +461,7 @@ def dkv_kernel(
             dk, dv = dkv_rows(
                 dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
-                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
+                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, HAS_BIAS, TMA
             )  # fmt: skip
         number = tl.load(segment + 3)
         if number == 0:
@@ -462,7 +477,7 @@ def dkv_kernel(
                 dk, dv = dkv_rows(
                     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
                     docs_ptr, 0.0, b, kv_head, tile, step % STEPS, q_start, T, S,
-                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
+                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, False, TMA
                 )  # fmt: skip
         dk *= scale
         # The addresses anew, from a zero that the compiler cannot know: they need not be kept

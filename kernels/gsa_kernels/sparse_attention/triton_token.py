@@ -281,7 +281,7 @@ def owned_kernel(
         dk, dv = dkv_rows(
             dk, dv, k, v, key, q_ptr, do_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, 0.0,
             b, kv_head, at_row, 0, q_start, T, S, scale_log2,
-            H, G, E, BE, BM, WINDOW, 1, 1, True, HAS_DOCS, False
+            H, G, E, BE, BM, WINDOW, 1, 1, True, HAS_DOCS, False, False
         )  # fmt: skip
     # Addresses anew, see dkv_kernel.
     key = block * OWNED + c + (tl.load(entries_ptr + owner) >> 31)
