@@ -19,8 +19,6 @@ from .triton_forward import (
     range_mask,
     range_of_rows,
     tile_rows,
-    walked_key,
-    whole_keys,
 )
 from .triton_union import pair_numbers
 
@@ -144,6 +142,7 @@ def dq_kernel(
     ATOMIC: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
@@ -176,24 +175,17 @@ def dq_kernel(
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
-    sink_low, sinks = 0, 0
-    if HAS_SINKS:
-        sink = sink_ptr + b * sink_stride + i * 2
-        sink_low = tl.load(sink)
-        reach = first_local(tile * R + R - A, C, A, WINDOW)
-        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
-    whole, diagonal = whole_keys(n_keys, sinks, local, tile * R, C, BN, UNION)
     own = tl.zeros([BM], tl.int32)
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
-    for low in tl.range(0, whole, BN, num_stages=STAGES):
+    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
-        n_ok = n < whole
+        n_ok = n < n_keys
         if C % BN == 0:
-            row = walked_key(list_base, low, n_keys, sink_low, sinks, local, whole, C, UNION)
+            row = tl.load(list_base + low // C) * C + low % C
             key = row + offs_n
         else:
-            key = walked_key(list_base, n, n_keys, sink_low, sinks, local, whole, C, UNION)
+            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
         offset = key.to(tl.int64) * (K * E)
         if TMA:
             box = [b, row, kv_head * E]
@@ -226,10 +218,10 @@ def dq_kernel(
                 extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 extra = extra[:, None] * 1.4426950408889634
             elif C % BN == 0:
-                at = tl.load(bias_ptr + entry * N + low // C, mask=low < n_keys, other=0.0)
+                at = tl.load(bias_ptr + entry * N + low // C)
                 extra = at * 1.4426950408889634
             else:
-                at = tl.load(bias_ptr + entry * N + n // C, mask=n < n_keys, other=0.0)
+                at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 extra = at[None, :] * 1.4426950408889634
         mask = tl.where(keep, 0.0, float("-inf"))
         p, ds = softmax_backward(
@@ -249,13 +241,13 @@ def dq_kernel(
                 total = tl.sum(ds)
                 if C > BN:  # the same thread adds up the parts of a block
                     if low % C != 0:
-                        total += tl.load(into, mask=low < n_keys, other=0.0)
-                tl.store(into, total, mask=low < n_keys)
+                        total += tl.load(into)
+                tl.store(into, total)
             else:
                 slots: tl.constexpr = BN // C
                 per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
                 slot = low // C + tl.arange(0, slots)
-                tl.store(into + slot, tl.sum(per_key, 1), mask=slot * C < n_keys)
+                tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
         ds16 = ds.to(k.dtype)
         dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
@@ -266,20 +258,24 @@ def dq_kernel(
             tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
 
-    far = tl.cdiv(sinks, BN) if UNION else 0
-    for step in tl.range(0, far + tl.cdiv(stop - diagonal, BN), num_stages=1):
+    sink_low, sinks = 0, 0
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
+    far = tl.cdiv(sinks, BN)
+    for step in tl.range(0, far + tl.cdiv(stop - local, BN), num_stages=RANGE_STAGES):
         is_sink = step < far
-        low = tl.where(is_sink, sink_low + step * BN, diagonal + (step - far) * BN)
+        low = tl.where(is_sink, sink_low + step * BN, local + (step - far) * BN)
         end = tl.where(is_sink, sink_low + sinks, stop)
         key = low + offs_n
         key_ok = key < end
         column = kv_head * E
         k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-        row_first, row_end = range_of_rows(
-            end, low, is_sink, position, start, C, A, WINDOW, BN, UNION
-        )
-        mask = range_mask(row_first[:, None], row_end[:, None], offs_n[None, :])
+        first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
+        mask = range_mask(first[:, None], end[:, None], key[None, :], HAS_DOCS or UNION)
         p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, mask, scale_log2, False, True)
         ds16 = ds.to(k.dtype)
         dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
@@ -367,7 +363,7 @@ def dkv_rows(
         if LOCAL:
             start = tl.maximum(start, first_local(at_row, C, R, WINDOW))
         end = at_row + 1 if LOCAL else at_row * 0 + C
-        mask = range_mask(start[None, :], end[None, :], key[:, None])
+        mask = range_mask(start[None, :], end[None, :], key[:, None], True)
         s = tl.dot(k, tl.trans(q), mask, input_precision="ieee")
     else:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")

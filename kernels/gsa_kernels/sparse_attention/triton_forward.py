@@ -46,12 +46,13 @@ def logits_of(q, k, scale_log2):
 
 
 @triton.jit
-def range_mask(first, end, key):
+def range_mask(first, end, key, FIRST: tl.constexpr):
     """float32, broadcasts: 0 where first <= key < end, else -inf. The product q k starts from it:
     comparisons would be kept beside the product, packed into registers that are few."""
-    key = key.to(tl.float32)
-    inside = tl.minimum(end.to(tl.float32) - (key + 0.5), key + 0.5 - first.to(tl.float32))
-    return tl.minimum(inside * float("inf"), 0.0)
+    outside = end - 1 - key
+    if FIRST:
+        outside = outside | (key - first)
+    return (outside & -8388608).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -69,52 +70,28 @@ def load_range(
 
 @triton.jit
 def range_of_rows(
-    end, low, is_sink, position, start, C: tl.constexpr, A: tl.constexpr, WINDOW: tl.constexpr,
-    BN: tl.constexpr, UNION: tl.constexpr
+    end, is_sink, position, start, C: tl.constexpr, A: tl.constexpr, WINDOW: tl.constexpr,
+    UNION: tl.constexpr
 ):  # fmt: skip
-    """[first, end) of the BN keys from `low` that each row attends: sinks, or local window, both
-    before `end`. The rows of a union have windows of their own."""
+    """[first, end) of the sinks, or of the local window, that each row attends, both before `end`.
+    The rows of a union have windows of their own."""
     end = tl.minimum(position + 1, end)
     if UNION:
         reach = first_local(position, C, A, WINDOW)
         end = tl.where(is_sink, tl.minimum(end, reach), end)
         start = tl.maximum(start, tl.where(is_sink, 0, reach))
-    return tl.maximum(start - low, 0), tl.minimum(end - low, BN)
+    return start, end
 
 
 @triton.jit
-def whole_keys(n_keys, sinks, local, anchor, C: tl.constexpr, BN: tl.constexpr,
-               UNION: tl.constexpr):  # fmt: skip
-    """(keys that the loop without masks walks, first key of the loop with masks): the selected,
-    then the sinks and as much of the window as lies before the tile, which every row attends."""
-    if UNION:
-        return n_keys, local
-    near = anchor - local
-    if C % BN == 0:
-        near = near // BN * BN
-    return n_keys + sinks + near, local + near
-
-
-@triton.jit
-def walked_key(list_base, n, n_keys, sink_low, sinks, local, whole, C: tl.constexpr,
-               UNION: tl.constexpr):  # fmt: skip
-    """The n-th key of those; 0 past the last."""
-    block = tl.load(list_base + n // C, mask=n < n_keys, other=0)
-    key = block * C + n % C
-    if not UNION:
-        before = tl.where(n < n_keys + sinks, n_keys - sink_low, n_keys + sinks - local)
-        key = tl.where(n < n_keys, key, n - before)
-        key = tl.where(n < whole, key, 0)
-    return key
-
-
-@triton.jit
-def accumulate(acc, m, norm, s, v, scale_log2):
-    """One step of the online softmax over logits s scale_log2, in units of log2; a row whose keys
-    are all masked so far keeps m = -inf. Scaled here, where it is one multiply-add with the
-    maximum."""
+def accumulate(acc, m, norm, s, v, scale_log2, MASKED: tl.constexpr):
+    """One step of the online softmax over logits s scale_log2, in units of log2. Scaled here,
+    where it is one multiply-add with the maximum. MASKED: there may be rows whose keys are all
+    masked so far; they keep m = -inf."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    safe = m_new
+    if MASKED:
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - safe)
     p = tl.exp2(s * scale_log2 - safe[:, None])
     norm = norm * alpha + tl.sum(p, 1)
@@ -184,6 +161,7 @@ def forward_kernel(
     KEEP: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
@@ -221,25 +199,19 @@ def forward_kernel(
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
-    sink_low, sinks = 0, 0
-    if HAS_SINKS:
-        sink = sink_ptr + b * sink_stride + i * 2
-        sink_low = tl.load(sink)
-        # A later row of a union may have a sink before its window that the first has inside.
-        reach = first_local(tile * R + R - A, C, A, WINDOW)
-        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
-    whole, diagonal = whole_keys(n_keys, sinks, local, tile * R, C, BN, UNION)
+    # Other rows see a key in their first step.
+    MASKED: tl.constexpr = HAS_DOCS or UNION
     own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
-    for low in tl.range(0, whole, BN, num_stages=STAGES):
+    for low in tl.range(0, n_keys, BN, num_stages=STAGES):
         n = low + offs_n
-        n_ok = n < whole
+        n_ok = n < n_keys
         if C % BN == 0:
-            row = walked_key(list_base, low, n_keys, sink_low, sinks, local, whole, C, UNION)
+            row = tl.load(list_base + low // C) * C + low % C
             key = row + offs_n
         else:
-            key = walked_key(list_base, n, n_keys, sink_low, sinks, local, whole, C, UNION)
+            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
         offset = key.to(tl.int64) * (K * E)
         if TMA:
             k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
@@ -267,10 +239,10 @@ def forward_kernel(
                 bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 s += bias[:, None] * unit
             elif C % BN == 0:
-                bias = tl.load(bias_ptr + entry * N + low // C, mask=low < n_keys, other=0.0)
+                bias = tl.load(bias_ptr + entry * N + low // C)
                 s += bias * unit
             else:
-                bias = tl.load(bias_ptr + entry * N + n // C, mask=n < n_keys, other=0.0)
+                bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 s += bias[None, :] * unit
         if HAS_DOCS:
             s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
@@ -280,7 +252,7 @@ def forward_kernel(
             s = tl.where((bit == 1)[:, None], s, float("-inf"))
         elif C % BN != 0:
             s = tl.where(n_ok[None, :], s, float("-inf"))
-        acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2)
+        acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2, MASKED)
         if UNION and C > 1:
             if HAS_MASS:
                 at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
@@ -298,21 +270,26 @@ def forward_kernel(
             at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
             tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
-    far = tl.cdiv(sinks, BN) if UNION else 0
-    for step in tl.range(0, far + tl.cdiv(stop - diagonal, BN), num_stages=1):
+    sink_low, sinks = 0, 0
+    if HAS_SINKS:
+        sink = sink_ptr + b * sink_stride + i * 2
+        sink_low = tl.load(sink)
+        # A later row of a union may have a sink before its window that the first has inside.
+        reach = first_local(tile * R + R - A, C, A, WINDOW)
+        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
+    far = tl.cdiv(sinks, BN)
+    for step in tl.range(0, far + tl.cdiv(stop - local, BN), num_stages=RANGE_STAGES):
         is_sink = step < far
-        low = tl.where(is_sink, sink_low + step * BN, diagonal + (step - far) * BN)
+        low = tl.where(is_sink, sink_low + step * BN, local + (step - far) * BN)
         end = tl.where(is_sink, sink_low + sinks, stop)
         key = low + offs_n
         key_ok = key < end
         k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
-        row_first, row_end = range_of_rows(
-            end, low, is_sink, position, start, C, A, WINDOW, BN, UNION
-        )
-        mask = range_mask(row_first[:, None], row_end[:, None], offs_n[None, :])
+        first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
+        mask = range_mask(first[:, None], end[:, None], key[None, :], HAS_DOCS or UNION)
         s = tl.dot(q, k, mask, input_precision="ieee")
-        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2)
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, MASKED)
 
     # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
     # would push the accumulator out of the registers.

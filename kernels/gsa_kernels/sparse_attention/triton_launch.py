@@ -156,7 +156,7 @@ def forward(
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
         HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
-        TMA=tma, STAGES=launch.stages,
+        TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and plan.single:
@@ -250,7 +250,7 @@ def backward(
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        ATOMIC=not owned, TMA=tma, STAGES=launch.stages,
+        ATOMIC=not owned, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if owned and plan.single:
