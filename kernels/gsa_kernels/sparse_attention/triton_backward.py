@@ -16,7 +16,7 @@ from .triton_forward import (
     first_local,
     load_gate,
     load_range,
-    range_mask,
+    mask_of,
     range_of_rows,
     tile_rows,
 )

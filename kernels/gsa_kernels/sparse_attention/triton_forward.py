@@ -17,7 +17,7 @@ Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys
 import triton
 import triton.language as tl
 
-from .triton_union import pair_numbers
+from .triton_union import pair_numbers, unchosen
 
 
 @triton.jit
@@ -30,6 +30,15 @@ def tile_rows(
     t = position - q_start
     head = kv_head * G + row % G
     return position, t, head, (row < R * G) & (t >= 0) & (t < T)
+
+
+@triton.jit
+def whereabouts(zero, K: tl.constexpr, PARTS: tl.constexpr):
+    """(tile from 0, part of it, sequence, key-value head) of a program. Computed anew after a
+    loop, from a zero that the compiler cannot know: kept over the loop, what follows from them
+    would push the accumulator out of the registers."""
+    x, y = tl.program_id(0) + zero, tl.program_id(1) + zero
+    return x // PARTS, x % PARTS, y // K, y % K
 
 
 @triton.jit
@@ -46,12 +55,9 @@ def logits_of(q, k, scale_log2):
 
 
 @triton.jit
-def range_mask(first, end, key, FIRST: tl.constexpr):
-    """float32, broadcasts: 0 where first <= key < end, else -inf. The product q k starts from it:
-    comparisons would be kept beside the product, packed into registers that are few."""
-    outside = end - 1 - key
-    if FIRST:
-        outside = outside | (key - first)
+def mask_of(outside):
+    """0.0 where an int32 (below 2^23) is not negative, else -inf: what a product q k starts from.
+    Comparisons would be kept beside the product, packed into registers that are few."""
     return (outside & -8388608).to(tl.float32, bitcast=True)
 
 
@@ -98,6 +104,32 @@ def accumulate(acc, m, norm, s, v, scale_log2, MASKED: tl.constexpr):
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, m_new, norm, p, safe
+
+
+@triton.jit
+def causal_step(
+    acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc, b, column,
+    scale_log2, K: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    TMA: tl.constexpr, HAS_DOCS: tl.constexpr, FIRST: tl.constexpr
+):  # fmt: skip
+    """A step over keys low .. low + BN - 1 < stop of which a row sees those up to its own. In its
+    first step every row sees a key. FIRST: acc, m, norm are still to begin."""
+    key = low + tl.arange(0, BN)
+    key_ok = key < stop
+    k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+    v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA)
+    outside = position[:, None] - key[None, :]
+    if HAS_DOCS:
+        outside = outside | (key[None, :] - start[:, None])
+    s = tl.dot(q, k, mask_of(outside), input_precision="ieee")
+    if FIRST:
+        m = tl.max(s, 1) * scale_log2
+        p = tl.exp2(s * scale_log2 - m[:, None])
+        norm = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    else:
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, True)
+    return acc, m, norm
 
 
 @triton.jit
@@ -166,9 +198,7 @@ def forward_kernel(
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
     SUB: tl.constexpr = C // BN if C > BN else 1
-    pid = tl.program_id(0)
-    i, part = pid // PARTS, pid % PARTS
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    i, part, b, kv_head = whereabouts(0, K, PARTS)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     e = tl.arange(0, BE)
@@ -184,8 +214,6 @@ def forward_kernel(
         start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
     # R queries per program; A of them share a choice and so an anchor.
     A: tl.constexpr = 1 if UNION else R
-    local = first_local(tile * R, C, A, WINDOW)
-    stop = tl.minimum(tile * R + R, q_start + T)
     base = (b.to(tl.int64) * S * K + kv_head) * E
     k_base, v_base = k_ptr + base, v_ptr + base
     offs_n = tl.arange(0, BN)
@@ -193,14 +221,29 @@ def forward_kernel(
     acc = tl.zeros([BM, BE], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    if not UNION:
+        # The diagonal: first, while there is no accumulator to keep.
+        low = tl.maximum(tile * R // BN * BN, local)
+        if BN % R == 0:
+            acc, m, norm = causal_step(
+                acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc, b,
+                kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, True
+            )
+        else:
+            for low in tl.range(low, stop, BN, num_stages=1):
+                acc, m, norm = causal_step(
+                    acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc,
+                    b, kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, False
+                )
 
     # The selected blocks: whole, and before the window of every row.
     hs = kv_head if HS > 1 else 0
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
-    # Other rows see a key in their first step.
-    MASKED: tl.constexpr = HAS_DOCS or UNION
+    MASKED: tl.constexpr = HAS_DOCS or UNION or C % BN != 0
     own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
@@ -222,12 +265,23 @@ def forward_kernel(
         else:
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
-        s = tl.dot(q, k, input_precision="ieee")
+        outside = tl.zeros([1, 1], tl.int32)
+        if HAS_DOCS:
+            outside = key[None, :] - start[:, None]
+        query = position - tile * R
         if UNION and C == 1:
             bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            query = position - tile * R
+            outside = outside | unchosen(bits[None, :], query[:, None])
         elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
+            outside = outside | (bit - 1)[:, None]
+        elif C % BN != 0:
+            outside = outside | (n_keys - 1 - n)[None, :]
+        if MASKED:
+            mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
+            s = tl.dot(q, k, mask, input_precision="ieee")
+        else:
+            s = tl.dot(q, k, input_precision="ieee")
         if HAS_BIAS:
             if UNION and C == 1:
                 number, pairs = pair_numbers(pairs, bits, query)
@@ -244,15 +298,7 @@ def forward_kernel(
             else:
                 bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 s += bias[None, :] * unit
-        if HAS_DOCS:
-            s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
-        if UNION and C == 1:
-            s = tl.where(((bits[None, :] >> query[:, None]) & 1) == 1, s, float("-inf"))
-        elif UNION:
-            s = tl.where((bit == 1)[:, None], s, float("-inf"))
-        elif C % BN != 0:
-            s = tl.where(n_ok[None, :], s, float("-inf"))
-        acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2, MASKED)
+        acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2, UNION)
         if UNION and C > 1:
             if HAS_MASS:
                 at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
@@ -270,6 +316,17 @@ def forward_kernel(
             at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
             tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    base = (b.to(tl.int64) * S * K + kv_head) * E
+    k_base, v_base = k_ptr + base, v_ptr + base
+    # What is left: the sinks, and the window up to the diagonal, or beyond for a union.
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    if not UNION:
+        stop = tl.maximum(tile * R // BN * BN, local)
     sink_low, sinks = 0, 0
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
@@ -286,15 +343,18 @@ def forward_kernel(
         key_ok = key < end
         k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
-        first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
-        mask = range_mask(first[:, None], end[:, None], key[None, :], HAS_DOCS or UNION)
-        s = tl.dot(q, k, mask, input_precision="ieee")
-        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, MASKED)
+        if MASKED:
+            first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
+            outside = (end[:, None] - 1 - key[None, :]) | (key[None, :] - first[:, None])
+            s = tl.dot(q, k, mask_of(outside), input_precision="ieee")
+        else:
+            s = tl.dot(q, k, input_precision="ieee")
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, UNION)
 
-    # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
-    # would push the accumulator out of the registers.
-    zero = tl.load(count_ptr + entry) >> 31
-    position, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
     # Rounded before the gate multiplies it, as if the gate were applied afterwards.
     out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
