@@ -19,8 +19,9 @@ from .triton_forward import (
     mask_of,
     range_of_rows,
     tile_rows,
+    whereabouts,
 )
-from .triton_union import pair_numbers
+from .triton_union import pair_numbers, unchosen
 
 
 @triton.jit
@@ -96,6 +97,18 @@ def softmax_backward(
 
 
 @triton.jit
+def add_keys(dk_base, dv_base, key, key_ok, q, do, p, ds, scale, K: tl.constexpr, E: tl.constexpr,
+             BE: tl.constexpr):  # fmt: skip
+    """Add atomically to dk, dv of some keys what BM rows give."""
+    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    e = tl.arange(0, BE)[None, :]
+    into, ok = key.to(tl.int64)[:, None] * (K * E) + e, key_ok[:, None] & (e < E)
+    tl.atomic_add(dk_base + into, dk, mask=ok, sem="relaxed")
+    tl.atomic_add(dv_base + into, dv, mask=ok, sem="relaxed")
+
+
+@triton.jit
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -146,9 +159,7 @@ def dq_kernel(
 ):
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
-    pid = tl.program_id(0)
-    i, part = pid // PARTS, pid % PARTS
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    i, part, b, kv_head = whereabouts(0, K, PARTS)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     e = tl.arange(0, BE)
@@ -197,21 +208,25 @@ def dq_kernel(
         else:
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
-        keep = n_ok[None, :]
+        outside = tl.zeros([1, 1], tl.int32)
         if HAS_DOCS:
-            keep = keep & (key[None, :] >= start[:, None])
+            outside = key[None, :] - start[:, None]
+        query = position - tile * R
         if UNION and C == 1:
             bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            query = position - tile * R
-            keep = keep & (((bits[None, :] >> query[:, None]) & 1) == 1)
+            outside = outside | unchosen(bits[None, :], query[:, None])
         elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
-            keep = keep & (bit == 1)[:, None]
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
+            outside = outside | (bit - 1)[:, None]
+        elif C % BN != 0:
+            outside = outside | (n_keys - 1 - n)[None, :]
+        mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
         extra = 0.0
         if HAS_BIAS:
             if UNION and C == 1:
                 number, pairs = pair_numbers(pairs, bits, query)
-                extra = tl.load(bias_ptr + entry * OWN + number, mask=keep, other=0.0)
+                chose = ((bits[None, :] >> query[:, None]) & 1) == 1
+                extra = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
                 extra = extra * 1.4426950408889634
             elif UNION:
                 chose = row_ok & (bit == 1)
@@ -223,7 +238,6 @@ def dq_kernel(
             else:
                 at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 extra = at[None, :] * 1.4426950408889634
-        mask = tl.where(keep, 0.0, float("-inf"))
         p, ds = softmax_backward(
             q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_BIAS,
             HAS_DOCS or UNION or C % BN != 0
@@ -248,15 +262,9 @@ def dq_kernel(
                 per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
                 slot = low // C + tl.arange(0, slots)
                 tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
-        ds16 = ds.to(k.dtype)
-        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
-            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-            ok = n_ok[:, None] & e_ok[None, :]
-            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+            add_keys(dk_ptr + base, dv_ptr + base, key, n_ok, q, do, p, ds, scale, K, E, BE)
 
     sink_low, sinks = 0, 0
     if HAS_SINKS:
@@ -275,20 +283,19 @@ def dq_kernel(
         k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
-        mask = range_mask(first[:, None], end[:, None], key[None, :], HAS_DOCS or UNION)
+        outside = end[:, None] - 1 - key[None, :]
+        if HAS_DOCS or UNION:
+            outside = outside | (key[None, :] - first[:, None])
+        mask = mask_of(outside)
         p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, mask, scale_log2, False, True)
-        ds16 = ds.to(k.dtype)
-        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
-            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-            ok = key_ok[:, None] & e_ok[None, :]
-            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+            add_keys(dk_ptr + base, dv_ptr + base, key, key_ok, q, do, p, ds, scale, K, E, BE)
 
-    zero = tl.load(count_ptr + entry) >> 31  # see forward_kernel
-    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    _, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     row_offset = (b.to(tl.int64) * T + t) * H + head
     q_ok = row_ok[:, None] & e_ok
     tl.store(
@@ -362,9 +369,10 @@ def dkv_rows(
             start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
         if LOCAL:
             start = tl.maximum(start, first_local(at_row, C, R, WINDOW))
-        end = at_row + 1 if LOCAL else at_row * 0 + C
-        mask = range_mask(start[None, :], end[None, :], key[:, None], True)
-        s = tl.dot(k, tl.trans(q), mask, input_precision="ieee")
+        outside = key[:, None] - start[None, :]
+        if LOCAL:
+            outside = outside | (at_row[None, :] - key[:, None])
+        s = tl.dot(k, tl.trans(q), mask_of(outside), input_precision="ieee")
     else:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
     p = probabilities(s, lse[None, :], extra, scale_log2, HAS_EXTRA)

@@ -244,6 +244,8 @@ def forward_kernel(
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
     MASKED: tl.constexpr = HAS_DOCS or UNION or C % BN != 0
+    slot_lse_line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    slot_lse_base = slot_lse_ptr + slot_lse_line * (N * SUB * BM)
     own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
@@ -308,13 +310,13 @@ def forward_kernel(
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1
             if slots == 1:
-                total = tl.sum(p, 1)[:, None]
+                at = slot_lse_base + low // BN * BM + tl.arange(0, BM)
+                tl.store(at, tl.log2(tl.sum(p, 1)) + top)
             else:
                 total = tl.sum(tl.reshape(p, [BM, slots, BN // slots]), 2)
-            slot = (low // BN) * slots + tl.arange(0, slots)
-            line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
-            at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
-            tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
+                slot = (low // BN) * slots + tl.arange(0, slots)
+                at = slot_lse_base + slot[None, :] * BM + tl.arange(0, BM)[:, None]
+                tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
     zero = tl.load(count_ptr) >> 31
     i, part, b, kv_head = whereabouts(zero, K, PARTS)
