@@ -314,18 +314,13 @@ def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.con
 
 
 @triton.jit
-def row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H: tl.constexpr):
-    """[BM] log2-sum-exp and delta of rows; p of a row that is nobody's is 0."""
-    line = (b.to(tl.int64) * H + head) * T + t
-    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
-    return lse, tl.load(delta_ptr + line, mask=row_ok, other=0.0)
-
-
-@triton.jit
-def add_rows(dk, dv, p, q, do, v, delta):
-    """dk, dv [C, BE] plus what the rows give; p [C, BM]."""
+def add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok):
+    """dk, dv [C, BE] plus what the rows give; p [C, BM]. Rows that are nobody's have q = dO = 0
+    and so give nothing, whatever is finite."""
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    # As late as can be: a thread holds a quarter of them.
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -362,21 +357,39 @@ def dkv_rows(
         do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
     else:
         q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
-    lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
+    if R % BM == 0 and R > 1:
+        # A pointer and offsets of 32 bits: registers are few.
+        first = (b.to(tl.int64) * H + head) * T + (position - q_start)
+        lse_ptr, delta_ptr, line = lse_ptr + first, delta_ptr + first, m
+    else:
+        line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=0.0) * 1.4426950408889634
     if LOCAL or HAS_DOCS:
-        start = at_row * 0
+        outside = tl.zeros([1, 1], tl.int32)
         if HAS_DOCS:
             start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
-        if LOCAL:
-            start = tl.maximum(start, first_local(at_row, C, R, WINDOW))
-        outside = key[:, None] - start[None, :]
+            outside = key[:, None] - start[None, :]
         if LOCAL:
             outside = outside | (at_row[None, :] - key[:, None])
+            if C == 1:  # else the window of a tile that reaches a block takes all of it
+                reach = first_local(at_row, C, R, WINDOW)
+                outside = outside | (key[:, None] - reach[None, :])
         s = tl.dot(k, tl.trans(q), mask_of(outside), input_precision="ieee")
     else:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
     p = probabilities(s, lse[None, :], extra, scale_log2, HAS_EXTRA)
-    return add_rows(dk, dv, p, q, do, v, delta)
+    return add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok)
+
+
+@triton.jit
+def owned_segment(segment_ptr, zero, K: tl.constexpr, HS: tl.constexpr):
+    """(pointer to its segment, sequence, key-value head, number of the lists) of a program; zero:
+    see whereabouts."""
+    y = tl.program_id(1) + zero
+    b, kv_head = y // K, y % K
+    group = b * HS + (kv_head if HS > 1 else 0)
+    at = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    return segment_ptr + at * 4, b, kv_head, group
 
 
 @triton.jit
@@ -419,15 +432,13 @@ def dkv_kernel(
     MANY: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     # Steps of a tile, or (R = 1) queries of a step.
     STEPS: tl.constexpr = R * G // BM if R > 1 else 1
     EACH: tl.constexpr = 1 if R > 1 else BM // G
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
-    hs = kv_head if HS > 1 else 0
-    group = b * HS + hs
-    segment = segment_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 4
+    segment, b, kv_head, group = owned_segment(segment_ptr, 0, K, HS)
     block = tl.load(segment)
     if block >= 0:
         first, last = tl.load(segment + 1), tl.load(segment + 2)
@@ -467,12 +478,16 @@ def dkv_kernel(
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
                 H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, HAS_BIAS, TMA
             )  # fmt: skip
-        number = tl.load(segment + 3)
-        if number == 0:
+        # Anew, see whereabouts.
+        zero = tl.load(segment_ptr + 3) >> 31
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        block = tl.load(segment)
+        key = block * C + tl.arange(0, C)
+        if tl.load(segment + 3) == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
-            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=1):
+            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=RANGE_STAGES):
                 if R == 1:
                     tile = low + step * EACH + m // G
                     tile = tl.where((tile < high) & (m < EACH * G), tile, -1)
@@ -484,11 +499,14 @@ def dkv_kernel(
                     scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, False, TMA
                 )  # fmt: skip
         dk *= scale
-        # The addresses anew, from a zero that the compiler cannot know: they need not be kept
-        # over the loops, where registers are few.
-        key = block * C + tl.arange(0, C) + (number >> 31)
-        ok = (key < S)[:, None] & (e < E)
-        at = base + key.to(tl.int64)[:, None] * (K * E) + e
+        zero = tl.load(segment_ptr + 3) >> 31
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        # Counted from the block's first key: offsets of 64 bits would spill.
+        block = tl.load(segment)
+        first = ((b.to(tl.int64) * S + block * C) * K + kv_head) * E
+        c, e = tl.arange(0, C)[:, None], tl.arange(0, BE)[None, :]
+        at, ok = c * (K * E) + e, (c < S - block * C) & (e < E)
+        dk_ptr, dv_ptr = dk_ptr + first, dv_ptr + first
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")

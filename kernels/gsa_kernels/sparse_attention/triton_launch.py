@@ -122,6 +122,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
     contiguous. keep: write the ungated output too, which the backward needs."""
+    if scale < 0:  # the kernel takes the largest product for the largest logit
+        q, scale = -q, -scale
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     blocks = selection.blocks_BHQN
@@ -271,7 +273,7 @@ def backward(
             scale, scale * LOG2E,
             **(plan.constants | {"R": r}),
             BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-            MANY=not whole, TMA=tma, STAGES=launch.stages,
+            MANY=not whole, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
         )  # fmt: skip
     if bias is None:
