@@ -78,7 +78,7 @@ def probabilities(s, lse, extra, scale_log2, HAS_EXTRA: tl.constexpr):
     """Of products s, with lse and the bias `extra` in units of log2."""
     # Adding a zero would cost an instruction for each.
     if HAS_EXTRA:
-        return tl.exp2(s * scale_log2 + (extra - lse))
+        return tl.exp2(s * scale_log2 + extra - lse)
     return tl.exp2(s * scale_log2 - lse)
 
 
