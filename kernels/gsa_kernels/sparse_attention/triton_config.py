@@ -82,7 +82,9 @@ def query_gradient(
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
     if not has_tma(device):
-        return Launch(_rows(64, rows), _keys(64, block), 4, 2)
+        return Launch(_rows(64, rows), _keys(64, block), 8 if atomic else 4, 2)
+    if atomic:
+        return Launch(_rows(64, rows), _keys(64, block), 8, 2)
     return Launch(_rows(64, rows), _keys(64, block), 4, 4, tma=True)
 
 
