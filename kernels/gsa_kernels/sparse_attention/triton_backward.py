@@ -241,7 +241,7 @@ def dq_kernel(
         p, ds = softmax_backward(
             q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_BIAS,
             HAS_DOCS or UNION or C % BN != 0
-        )
+        )  # fmt: skip
         if UNION:
             if HAS_BIAS and C > 1:
                 at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own

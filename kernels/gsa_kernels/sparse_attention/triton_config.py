@@ -56,8 +56,9 @@ def forward(
     if not has_tma(device):
         bm = _rows(128, rows)
         return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
-    bm = _rows(256, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 128 else 4, 5, tma=True)
+    # Rows that gather parts of blocks also keep addresses: more of them would spill.
+    bm = _rows(256 if block >= 64 else 128, rows)
+    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 5, tma=True)
 
 
 def query_gradient(

@@ -231,13 +231,13 @@ def forward_kernel(
             acc, m, norm = causal_step(
                 acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc, b,
                 kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, True
-            )
+            )  # fmt: skip
         else:
-            for low in tl.range(low, stop, BN, num_stages=1):
+            for key_low in tl.range(low, stop, BN, num_stages=1):
                 acc, m, norm = causal_step(
-                    acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc,
-                    b, kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, False
-                )
+                    acc, m, norm, q, key_low, stop, position, start, k_base, v_base, k_desc,
+                    v_desc, b, kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, False
+                )  # fmt: skip
 
     # The selected blocks: whole, and before the window of every row.
     hs = kv_head if HS > 1 else 0
