@@ -62,6 +62,12 @@ def test_triton_is_the_reference(granularity, length, documents, shared):
     check(selection, inputs(selection))
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_turns_the_order_of_the_logits(scale):
+    selection = make_selection(63, (16, 16), documents=True)
+    check(selection, inputs(selection), scale=scale)
+
+
 @pytest.mark.parametrize("granularity", UNITED, ids=granularity_id)
 @pytest.mark.parametrize("length", [1, 63, 150])
 @documents

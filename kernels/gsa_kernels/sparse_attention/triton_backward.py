@@ -12,8 +12,16 @@ Legend: see triton_forward.py.
 import triton
 import triton.language as tl
 
-from .triton_forward import first_local, load_gate, load_range, logits_of, tile_rows
-from .triton_union import pair_numbers
+from .triton_forward import (
+    first_local,
+    load_gate,
+    load_range,
+    mask_of,
+    range_of_rows,
+    tile_rows,
+    whereabouts,
+)
+from .triton_union import pair_numbers, unchosen
 
 
 @triton.jit
@@ -66,14 +74,38 @@ def delta_kernel(
 
 
 @triton.jit
-def softmax_backward(q, k, v, do, lse, delta, s_extra, keep, scale_log2, MASKED: tl.constexpr):
-    """(p, ds) of one step, ds without the factor `scale`."""
-    s = logits_of(q, k, scale_log2) + s_extra
-    p = tl.exp2(s - lse[:, None])
+def probabilities(s, lse, extra, scale_log2, HAS_EXTRA: tl.constexpr):
+    """Of products s, with lse and the bias `extra` in units of log2."""
+    # Adding a zero would cost an instruction for each.
+    if HAS_EXTRA:
+        return tl.exp2(s * scale_log2 + extra - lse)
+    return tl.exp2(s * scale_log2 - lse)
+
+
+@triton.jit
+def softmax_backward(
+    q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr
+):
+    """(p, ds) of one step, ds without the factor `scale`. mask: 0 or -inf, where MASKED."""
     if MASKED:
-        p = tl.where(keep, p, 0.0)
+        s = tl.dot(q, k, mask, input_precision="ieee")
+    else:
+        s = tl.dot(q, k, input_precision="ieee")
+    p = probabilities(s, lse[:, None], extra, scale_log2, HAS_EXTRA)
     dp = tl.dot(do, v, input_precision="ieee")
     return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def add_keys(dk_base, dv_base, key, key_ok, q, do, p, ds, scale, K: tl.constexpr, E: tl.constexpr,
+             BE: tl.constexpr):  # fmt: skip
+    """Add atomically to dk, dv of some keys what BM rows give."""
+    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    e = tl.arange(0, BE)[None, :]
+    into, ok = key.to(tl.int64)[:, None] * (K * E) + e, key_ok[:, None] & (e < E)
+    tl.atomic_add(dk_base + into, dk, mask=ok, sem="relaxed")
+    tl.atomic_add(dv_base + into, dv, mask=ok, sem="relaxed")
 
 
 @triton.jit
@@ -123,12 +155,11 @@ def dq_kernel(
     ATOMIC: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
-    pid = tl.program_id(0)
-    i, part = pid // PARTS, pid % PARTS
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    i, part, b, kv_head = whereabouts(0, K, PARTS)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     e = tl.arange(0, BE)
@@ -162,14 +193,13 @@ def dq_kernel(
         n = low + offs_n
         n_ok = n < n_keys
         if C % BN == 0:
-            block = tl.load(list_base + low // C)
-            key = block * C + low % C + offs_n
+            row = tl.load(list_base + low // C) * C + low % C
+            key = row + offs_n
         else:
-            block = tl.load(list_base + n // C, mask=n_ok, other=0)
-            key = block * C + n % C
+            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
         offset = key.to(tl.int64) * (K * E)
         if TMA:
-            box = [b, block * C + low % C, kv_head * E]
+            box = [b, row, kv_head * E]
             k = k_desc.load(box).reshape([BN, BE]).T
             v = v_desc.load(box).reshape([BN, BE]).T
         elif BE == E:
@@ -178,34 +208,40 @@ def dq_kernel(
         else:
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
-        keep = n_ok[None, :]
+        outside = tl.zeros([1, 1], tl.int32)
         if HAS_DOCS:
-            keep = keep & (key[None, :] >= start[:, None])
+            outside = key[None, :] - start[:, None]
+        query = position - tile * R
         if UNION and C == 1:
             bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            query = position - tile * R
-            keep = keep & (((bits[None, :] >> query[:, None]) & 1) == 1)
+            outside = outside | unchosen(bits[None, :], query[:, None])
         elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
-            keep = keep & (bit == 1)[:, None]
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
+            outside = outside | (bit - 1)[:, None]
+        elif C % BN != 0:
+            outside = outside | (n_keys - 1 - n)[None, :]
+        mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
         extra = 0.0
         if HAS_BIAS:
             if UNION and C == 1:
                 number, pairs = pair_numbers(pairs, bits, query)
-                extra = tl.load(bias_ptr + entry * OWN + number, mask=keep, other=0.0)
+                chose = ((bits[None, :] >> query[:, None]) & 1) == 1
+                extra = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
                 extra = extra * 1.4426950408889634
             elif UNION:
                 chose = row_ok & (bit == 1)
                 extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
                 extra = extra[:, None] * 1.4426950408889634
             elif C % BN == 0:
-                extra = tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+                at = tl.load(bias_ptr + entry * N + low // C)
+                extra = at * 1.4426950408889634
             else:
                 at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
                 extra = at[None, :] * 1.4426950408889634
         p, ds = softmax_backward(
-            q, k, v, do, lse, delta, extra, keep, scale_log2, HAS_DOCS or UNION or C % BN != 0
-        )
+            q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_BIAS,
+            HAS_DOCS or UNION or C % BN != 0
+        )  # fmt: skip
         if UNION:
             if HAS_BIAS and C > 1:
                 at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
@@ -226,63 +262,40 @@ def dq_kernel(
                 per_key = tl.reshape(tl.sum(ds, 0), [slots, C])
                 slot = low // C + tl.arange(0, slots)
                 tl.store(into + slot, tl.sum(per_key, 1), mask=slot < N)
-        ds16 = ds.to(k.dtype)
-        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
-            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-            ok = n_ok[:, None] & e_ok[None, :]
-            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+            add_keys(dk_ptr + base, dv_ptr + base, key, n_ok, q, do, p, ds, scale, K, E, BE)
 
+    sink_low, sinks = 0, 0
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
         sink_low = tl.load(sink)
         reach = first_local(tile * R + R - A, C, A, WINDOW)
-        sink_high = tl.minimum(tl.load(sink + 1), reach)
-        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
-            key = low + offs_n
-            key_ok = key < sink_high
-            column = kv_head * E
-            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-            keep = key_ok[None, :] & (key[None, :] >= start[:, None])
-            if UNION:
-                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
-            p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
-            ds16 = ds.to(k.dtype)
-            dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
-            if ATOMIC:
-                dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-                into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-                ok = key_ok[:, None] & e_ok[None, :]
-                tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-                tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
-
-    for low in tl.range(local, stop, BN, num_stages=1):
+        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
+    far = tl.cdiv(sinks, BN)
+    for step in tl.range(0, far + tl.cdiv(stop - local, BN), num_stages=RANGE_STAGES):
+        is_sink = step < far
+        low = tl.where(is_sink, sink_low + step * BN, local + (step - far) * BN)
+        end = tl.where(is_sink, sink_low + sinks, stop)
         key = low + offs_n
-        key_ok = key < stop
+        key_ok = key < end
         column = kv_head * E
         k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
-        if UNION:
-            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
-        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, keep, scale_log2, True)
-        ds16 = ds.to(k.dtype)
-        dq = tl.dot(ds16, tl.trans(k), dq, input_precision="ieee")
+        first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
+        outside = end[:, None] - 1 - key[None, :]
+        if HAS_DOCS or UNION:
+            outside = outside | (key[None, :] - first[:, None])
+        mask = mask_of(outside)
+        p, ds = softmax_backward(q, k, v, do, lse, delta, 0.0, mask, scale_log2, False, True)
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee")
         if ATOMIC:
-            dk = tl.dot(tl.trans(ds16), q, input_precision="ieee") * scale
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            into = base + key.to(tl.int64)[:, None] * (K * E) + e[None, :]
-            ok = key_ok[:, None] & e_ok[None, :]
-            tl.atomic_add(dk_ptr + into, dk, mask=ok, sem="relaxed")
-            tl.atomic_add(dv_ptr + into, dv, mask=ok, sem="relaxed")
+            add_keys(dk_ptr + base, dv_ptr + base, key, key_ok, q, do, p, ds, scale, K, E, BE)
 
-    zero = tl.load(count_ptr + entry) >> 31  # see forward_kernel
-    _, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    _, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     row_offset = (b.to(tl.int64) * T + t) * H + head
     q_ok = row_ok[:, None] & e_ok
     tl.store(
@@ -301,18 +314,13 @@ def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.con
 
 
 @triton.jit
-def row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H: tl.constexpr):
-    """[BM] log2-sum-exp and delta of rows; p of a row that is nobody's is 0."""
-    line = (b.to(tl.int64) * H + head) * T + t
-    lse = tl.load(lse_ptr + line, mask=row_ok, other=float("inf")) * 1.4426950408889634
-    return lse, tl.load(delta_ptr + line, mask=row_ok, other=0.0)
-
-
-@triton.jit
-def add_rows(dk, dv, p, q, do, v, delta):
-    """dk, dv [C, BE] plus what the rows give; p [C, BM]."""
+def add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok):
+    """dk, dv [C, BE] plus what the rows give; p [C, BM]. Rows that are nobody's have q = dO = 0
+    and so give nothing, whatever is finite."""
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    # As late as can be: a thread holds a quarter of them.
+    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -323,7 +331,8 @@ def dkv_rows(
     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr, extra, b,
     kv_head, tile, step, q_start, T, S, scale_log2, H: tl.constexpr, G: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, TMA: tl.constexpr
+    R: tl.constexpr, LOCAL: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    TMA: tl.constexpr
 ):  # fmt: skip
     """Add to dk, dv [C, BE] what BM query rows of a tile give, the step-th of its R G / BM parts.
 
@@ -348,16 +357,39 @@ def dkv_rows(
         do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
     else:
         q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
-    lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 + extra
-    p = tl.exp2(s - lse[None, :])
-    if LOCAL:
-        reach = first_local(at_row, C, R, WINDOW)
-        p = tl.where((key[:, None] <= at_row[None, :]) & (key[:, None] >= reach[None, :]), p, 0.0)
-    if HAS_DOCS:
-        start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
-        p = tl.where(key[:, None] >= start[None, :], p, 0.0)
-    return add_rows(dk, dv, p, q, do, v, delta)
+    if R % BM == 0 and R > 1:
+        # A pointer and offsets of 32 bits: registers are few.
+        first = (b.to(tl.int64) * H + head) * T + (position - q_start)
+        lse_ptr, delta_ptr, line = lse_ptr + first, delta_ptr + first, m
+    else:
+        line = (b.to(tl.int64) * H + head) * T + t
+    lse = tl.load(lse_ptr + line, mask=row_ok, other=0.0) * 1.4426950408889634
+    if LOCAL or HAS_DOCS:
+        outside = tl.zeros([1, 1], tl.int32)
+        if HAS_DOCS:
+            start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
+            outside = key[:, None] - start[None, :]
+        if LOCAL:
+            outside = outside | (at_row[None, :] - key[:, None])
+            if C == 1:  # else the window of a tile that reaches a block takes all of it
+                reach = first_local(at_row, C, R, WINDOW)
+                outside = outside | (key[:, None] - reach[None, :])
+        s = tl.dot(k, tl.trans(q), mask_of(outside), input_precision="ieee")
+    else:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = probabilities(s, lse[None, :], extra, scale_log2, HAS_EXTRA)
+    return add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok)
+
+
+@triton.jit
+def owned_segment(segment_ptr, zero, K: tl.constexpr, HS: tl.constexpr):
+    """(pointer to its segment, sequence, key-value head, number of the lists) of a program; zero:
+    see whereabouts."""
+    y = tl.program_id(1) + zero
+    b, kv_head = y // K, y % K
+    group = b * HS + (kv_head if HS > 1 else 0)
+    at = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    return segment_ptr + at * 4, b, kv_head, group
 
 
 @triton.jit
@@ -400,15 +432,13 @@ def dkv_kernel(
     MANY: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     # Steps of a tile, or (R = 1) queries of a step.
     STEPS: tl.constexpr = R * G // BM if R > 1 else 1
     EACH: tl.constexpr = 1 if R > 1 else BM // G
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
-    hs = kv_head if HS > 1 else 0
-    group = b * HS + hs
-    segment = segment_ptr + (group * tl.num_programs(0) + tl.program_id(0)) * 4
+    segment, b, kv_head, group = owned_segment(segment_ptr, 0, K, HS)
     block = tl.load(segment)
     if block >= 0:
         first, last = tl.load(segment + 1), tl.load(segment + 2)
@@ -446,14 +476,18 @@ def dkv_kernel(
             dk, dv = dkv_rows(
                 dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,
-                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, TMA
+                H, G, E, BE, BM, WINDOW, C, R, False, HAS_DOCS, HAS_BIAS, TMA
             )  # fmt: skip
-        number = tl.load(segment + 3)
-        if number == 0:
+        # Anew, see whereabouts.
+        zero = tl.load(segment_ptr + 3) >> 31
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        block = tl.load(segment)
+        key = block * C + tl.arange(0, C)
+        if tl.load(segment + 3) == 0:
             # The block's first segment also takes the tiles whose local window reaches it.
             low = tl.maximum(block * C // R, first_tile)
             high = tl.minimum(((block + 1) * C + WINDOW - 2) // R + 1, first_tile + n_tiles)
-            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=1):
+            for step in tl.range(0, tl.cdiv(high - low, EACH) * STEPS, num_stages=RANGE_STAGES):
                 if R == 1:
                     tile = low + step * EACH + m // G
                     tile = tl.where((tile < high) & (m < EACH * G), tile, -1)
@@ -462,14 +496,17 @@ def dkv_kernel(
                 dk, dv = dkv_rows(
                     dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr,
                     docs_ptr, 0.0, b, kv_head, tile, step % STEPS, q_start, T, S,
-                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, TMA
+                    scale_log2, H, G, E, BE, BM, WINDOW, C, R, True, HAS_DOCS, False, TMA
                 )  # fmt: skip
         dk *= scale
-        # The addresses anew, from a zero that the compiler cannot know: they need not be kept
-        # over the loops, where registers are few.
-        key = block * C + tl.arange(0, C) + (number >> 31)
-        ok = (key < S)[:, None] & (e < E)
-        at = base + key.to(tl.int64)[:, None] * (K * E) + e
+        zero = tl.load(segment_ptr + 3) >> 31
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        # Counted from the block's first key: offsets of 64 bits would spill.
+        block = tl.load(segment)
+        first = ((b.to(tl.int64) * S + block * C) * K + kv_head) * E
+        c, e = tl.arange(0, C)[:, None], tl.arange(0, BE)[None, :]
+        at, ok = c * (K * E) + e, (c < S - block * C) & (e < E)
+        dk_ptr, dv_ptr = dk_ptr + first, dv_ptr + first
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
             tl.atomic_add(dv_ptr + at, dv, mask=ok, sem="relaxed")

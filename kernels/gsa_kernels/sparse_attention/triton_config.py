@@ -21,6 +21,7 @@ class Launch:
     warps: int
     stages: int
     tma: bool = False
+    range_stages: int = 2  # of the loop over sinks and local window
 
 
 @cache  # asking a device takes the host microseconds
@@ -57,8 +58,9 @@ def forward(
     if not has_tma(device):
         bm = _rows(128, rows)
         return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
-    bm = _rows(256, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 128 else 4, 5, tma=True)
+    # Rows that gather parts of blocks also keep addresses: more of them would spill.
+    bm = _rows(256 if block >= 64 else 128, rows)
+    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 5, tma=True)
 
 
 def query_gradient(
@@ -83,7 +85,9 @@ def query_gradient(
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
     if not has_tma(device):
-        return Launch(_rows(64, rows), _keys(64, block), 4, 2)
+        return Launch(_rows(64, rows), _keys(64, block), 8 if atomic else 4, 2)
+    if atomic:
+        return Launch(_rows(64, rows), _keys(64, block), 8, 2)
     return Launch(_rows(64, rows), _keys(64, block), 4, 4, tma=True)
 
 

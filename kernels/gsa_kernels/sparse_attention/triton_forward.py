@@ -17,7 +17,7 @@ Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys
 import triton
 import triton.language as tl
 
-from .triton_union import pair_numbers
+from .triton_union import pair_numbers, unchosen
 
 
 @triton.jit
@@ -30,6 +30,15 @@ def tile_rows(
     t = position - q_start
     head = kv_head * G + row % G
     return position, t, head, (row < R * G) & (t >= 0) & (t < T)
+
+
+@triton.jit
+def whereabouts(zero, K: tl.constexpr, PARTS: tl.constexpr):
+    """(tile from 0, part of it, sequence, key-value head) of a program. Computed anew after a
+    loop, from a zero that the compiler cannot know: kept over the loop, what follows from them
+    would push the accumulator out of the registers."""
+    x, y = tl.program_id(0) + zero, tl.program_id(1) + zero
+    return x // PARTS, x % PARTS, y // K, y % K
 
 
 @triton.jit
@@ -46,6 +55,13 @@ def logits_of(q, k, scale_log2):
 
 
 @triton.jit
+def mask_of(outside):
+    """0.0 where an int32 (below 2^23) is not negative, else -inf: what a product q k starts from.
+    Comparisons would be kept beside the product, packed into registers that are few."""
+    return (outside & -8388608).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_range(
     x_base, desc, b, row, column, key, key_ok, K: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
@@ -59,16 +75,61 @@ def load_range(
 
 
 @triton.jit
-def accumulate(acc, m, norm, s, v):
-    """One step of the online softmax; a row whose keys are all masked so far keeps m = -inf."""
-    m_new = tl.maximum(m, tl.max(s, 1))
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+def range_of_rows(
+    end, is_sink, position, start, C: tl.constexpr, A: tl.constexpr, WINDOW: tl.constexpr,
+    UNION: tl.constexpr
+):  # fmt: skip
+    """[first, end) of the sinks, or of the local window, that each row attends, both before `end`.
+    The rows of a union have windows of their own."""
+    end = tl.minimum(position + 1, end)
+    if UNION:
+        reach = first_local(position, C, A, WINDOW)
+        end = tl.where(is_sink, tl.minimum(end, reach), end)
+        start = tl.maximum(start, tl.where(is_sink, 0, reach))
+    return start, end
+
+
+@triton.jit
+def accumulate(acc, m, norm, s, v, scale_log2, MASKED: tl.constexpr):
+    """One step of the online softmax over logits s scale_log2, in units of log2. Scaled here,
+    where it is one multiply-add with the maximum. MASKED: there may be rows whose keys are all
+    masked so far; they keep m = -inf."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    safe = m_new
+    if MASKED:
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - safe)
-    p = tl.exp2(s - safe[:, None])
+    p = tl.exp2(s * scale_log2 - safe[:, None])
     norm = norm * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, m_new, norm, p, safe
+
+
+@triton.jit
+def causal_step(
+    acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc, b, column,
+    scale_log2, K: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    TMA: tl.constexpr, HAS_DOCS: tl.constexpr, FIRST: tl.constexpr
+):  # fmt: skip
+    """A step over keys low .. low + BN - 1 < stop of which a row sees those up to its own. In its
+    first step every row sees a key. FIRST: acc, m, norm are still to begin."""
+    key = low + tl.arange(0, BN)
+    key_ok = key < stop
+    k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
+    v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA)
+    outside = position[:, None] - key[None, :]
+    if HAS_DOCS:
+        outside = outside | (key[None, :] - start[:, None])
+    s = tl.dot(q, k, mask_of(outside), input_precision="ieee")
+    if FIRST:
+        m = tl.max(s, 1) * scale_log2
+        p = tl.exp2(s * scale_log2 - m[:, None])
+        norm = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    else:
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, True)
+    return acc, m, norm
 
 
 @triton.jit
@@ -132,13 +193,12 @@ def forward_kernel(
     KEEP: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    RANGE_STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
     SUB: tl.constexpr = C // BN if C > BN else 1
-    pid = tl.program_id(0)
-    i, part = pid // PARTS, pid % PARTS
-    b, kv_head = tl.program_id(1) // K, tl.program_id(1) % K
+    i, part, b, kv_head = whereabouts(0, K, PARTS)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     e = tl.arange(0, BE)
@@ -148,13 +208,13 @@ def forward_kernel(
         q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None], other=0.0)
     else:
         q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None] & e_ok, other=0.0)
+    scale_log2 = tl.maximum(scale_log2, 1e-30)
+    unit = 1.4426950408889634 / scale_log2  # of the bias, which is added to the products
     start = position * 0
     if HAS_DOCS:
         start = tl.load(docs_ptr + b.to(tl.int64) * S + position, mask=row_ok, other=0)
     # R queries per program; A of them share a choice and so an anchor.
     A: tl.constexpr = 1 if UNION else R
-    local = first_local(tile * R, C, A, WINDOW)
-    stop = tl.minimum(tile * R + R, q_start + T)
     base = (b.to(tl.int64) * S * K + kv_head) * E
     k_base, v_base = k_ptr + base, v_ptr + base
     offs_n = tl.arange(0, BN)
@@ -162,12 +222,31 @@ def forward_kernel(
     acc = tl.zeros([BM, BE], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    if not UNION:
+        # The diagonal: first, while there is no accumulator to keep.
+        low = tl.maximum(tile * R // BN * BN, local)
+        if BN % R == 0:
+            acc, m, norm = causal_step(
+                acc, m, norm, q, low, stop, position, start, k_base, v_base, k_desc, v_desc, b,
+                kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, True
+            )  # fmt: skip
+        else:
+            for key_low in tl.range(low, stop, BN, num_stages=1):
+                acc, m, norm = causal_step(
+                    acc, m, norm, q, key_low, stop, position, start, k_base, v_base, k_desc,
+                    v_desc, b, kv_head * E, scale_log2, K, E, BE, BN, TMA, HAS_DOCS, False
+                )  # fmt: skip
 
     # The selected blocks: whole, and before the window of every row.
     hs = kv_head if HS > 1 else 0
     entry = (b.to(tl.int64) * HS + hs) * n_tiles + i
     list_base = list_ptr + entry * N
     n_keys = tl.load(count_ptr + entry) * C
+    MASKED: tl.constexpr = HAS_DOCS or UNION or C % BN != 0
+    slot_lse_line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    slot_lse_base = slot_lse_ptr + slot_lse_line * (N * SUB * BM)
     own = tl.zeros([BM], tl.int32)  # place in the row's own list, where UNION
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
@@ -175,14 +254,12 @@ def forward_kernel(
         n = low + offs_n
         n_ok = n < n_keys
         if C % BN == 0:
-            block = tl.load(list_base + low // C)
-            key = block * C + low % C + offs_n
+            row = tl.load(list_base + low // C) * C + low % C
+            key = row + offs_n
         else:
-            block = tl.load(list_base + n // C, mask=n_ok, other=0)
-            key = block * C + n % C
+            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
         offset = key.to(tl.int64) * (K * E)
         if TMA:
-            row = block * C + low % C
             k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
             v = v_desc.load([b, row, kv_head * E]).reshape([BN, BE])
         elif BE == E and (C % BN == 0 or UNION):
@@ -191,36 +268,40 @@ def forward_kernel(
         else:
             k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
-        s = logits_of(q, k, scale_log2)
+        outside = tl.zeros([1, 1], tl.int32)
+        if HAS_DOCS:
+            outside = key[None, :] - start[:, None]
+        query = position - tile * R
         if UNION and C == 1:
             bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            query = position - tile * R
+            outside = outside | unchosen(bits[None, :], query[:, None])
         elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> (position - tile * R)) & 1
+            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
+            outside = outside | (bit - 1)[:, None]
+        elif C % BN != 0:
+            outside = outside | (n_keys - 1 - n)[None, :]
+        if MASKED:
+            mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
+            s = tl.dot(q, k, mask, input_precision="ieee")
+        else:
+            s = tl.dot(q, k, input_precision="ieee")
         if HAS_BIAS:
             if UNION and C == 1:
                 number, pairs = pair_numbers(pairs, bits, query)
                 chose = ((bits[None, :] >> query[:, None]) & 1) == 1
                 bias = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
-                s += bias * 1.4426950408889634
+                s += bias * unit
             elif UNION:
                 chose = row_ok & (bit == 1)
                 bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
-                s += bias[:, None] * 1.4426950408889634
+                s += bias[:, None] * unit
             elif C % BN == 0:
-                s += tl.load(bias_ptr + entry * N + low // C) * 1.4426950408889634
+                bias = tl.load(bias_ptr + entry * N + low // C)
+                s += bias * unit
             else:
                 bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
-                s += bias[None, :] * 1.4426950408889634
-        if HAS_DOCS:
-            s = tl.where(key[None, :] >= start[:, None], s, float("-inf"))
-        if UNION and C == 1:
-            s = tl.where(((bits[None, :] >> query[:, None]) & 1) == 1, s, float("-inf"))
-        elif UNION:
-            s = tl.where((bit == 1)[:, None], s, float("-inf"))
-        elif C % BN != 0:
-            s = tl.where(n_ok[None, :], s, float("-inf"))
-        acc, m, norm, p, top = accumulate(acc, m, norm, s, v)
+                s += bias[None, :] * unit
+        acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2, UNION)
         if UNION and C > 1:
             if HAS_MASS:
                 at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
@@ -230,51 +311,53 @@ def forward_kernel(
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1
             if slots == 1:
-                total = tl.sum(p, 1)[:, None]
+                at = slot_lse_base + low // BN * BM + tl.arange(0, BM)
+                tl.store(at, tl.log2(tl.sum(p, 1)) + top)
             else:
                 total = tl.sum(tl.reshape(p, [BM, slots, BN // slots]), 2)
-            slot = (low // BN) * slots + tl.arange(0, slots)
-            line = (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * (N * SUB)
-            at = slot_lse_ptr + (line + slot)[None, :] * BM + tl.arange(0, BM)[:, None]
-            tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
+                slot = (low // BN) * slots + tl.arange(0, slots)
+                at = slot_lse_base + slot[None, :] * BM + tl.arange(0, BM)[:, None]
+                tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    base = (b.to(tl.int64) * S * K + kv_head) * E
+    k_base, v_base = k_ptr + base, v_ptr + base
+    # What is left: the sinks, and the window up to the diagonal, or beyond for a union.
+    local = first_local(tile * R, C, A, WINDOW)
+    stop = tl.minimum(tile * R + R, q_start + T)
+    if not UNION:
+        stop = tl.maximum(tile * R // BN * BN, local)
+    sink_low, sinks = 0, 0
     if HAS_SINKS:
         sink = sink_ptr + b * sink_stride + i * 2
         sink_low = tl.load(sink)
         # A later row of a union may have a sink before its window that the first has inside.
         reach = first_local(tile * R + R - A, C, A, WINDOW)
-        sink_high = tl.minimum(tl.load(sink + 1), reach)
-        for low in tl.range(sink_low, sink_high, BN, num_stages=1):
-            key = low + offs_n
-            key_ok = key < sink_high
-            column = kv_head * E
-            k = load_range(k_base, k_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA).T
-            v = load_range(v_base, v_desc, b, low, column, key, key_ok, K, E, BE, BN, TMA)
-            s = logits_of(q, k, scale_log2)
-            keep = key_ok[None, :]
-            if HAS_DOCS:
-                keep = keep & (key[None, :] >= start[:, None])
-            if UNION:
-                keep = keep & (key[None, :] < first_local(position, C, A, WINDOW)[:, None])
-            s = tl.where(keep, s, float("-inf"))
-            acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
-
-    for low in tl.range(local, stop, BN, num_stages=1):
+        sinks = tl.maximum(tl.minimum(tl.load(sink + 1), reach) - sink_low, 0)
+    far = tl.cdiv(sinks, BN)
+    for step in tl.range(0, far + tl.cdiv(stop - local, BN), num_stages=RANGE_STAGES):
+        is_sink = step < far
+        low = tl.where(is_sink, sink_low + step * BN, local + (step - far) * BN)
+        end = tl.where(is_sink, sink_low + sinks, stop)
         key = low + offs_n
-        key_ok = key < stop
+        key_ok = key < end
         k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
-        s = logits_of(q, k, scale_log2)
-        keep = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
-        if UNION:
-            keep = keep & (key[None, :] >= first_local(position, C, A, WINDOW)[:, None])
-        s = tl.where(keep, s, float("-inf"))
-        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v)
+        if MASKED:
+            first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
+            outside = (end[:, None] - 1 - key[None, :]) | (key[None, :] - first[:, None])
+            s = tl.dot(q, k, mask_of(outside), input_precision="ieee")
+        else:
+            s = tl.dot(q, k, input_precision="ieee")
+        acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, UNION)
 
-    # The addresses anew, from a zero that the compiler cannot know: kept over the loops, they
-    # would push the accumulator out of the registers.
-    zero = tl.load(count_ptr + entry) >> 31
-    position, t, head, row_ok = tile_rows(part + zero, kv_head, tile, q_start, T, H, G, R, BM)
+    zero = tl.load(count_ptr) >> 31
+    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    tile = first_tile + i
+    position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
     # Rounded before the gate multiplies it, as if the gate were applied afterwards.
     out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)

@@ -125,6 +125,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
     contiguous. keep: write the ungated output too, which the backward needs."""
+    if scale < 0:  # the kernel takes the largest product for the largest logit
+        q, scale = -q, -scale
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     blocks = selection.blocks_BHQN
@@ -160,7 +162,7 @@ def forward(
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
         HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
-        TMA=tma, STAGES=launch.stages,
+        TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if need_mass and plan.single:
@@ -258,7 +260,7 @@ def backward(
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        ATOMIC=not owned, TMA=tma, STAGES=launch.stages,
+        ATOMIC=not owned, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if owned and plan.single:
@@ -281,7 +283,7 @@ def backward(
             scale, scale * LOG2E,
             **(plan.constants | {"R": r}),
             BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-            MANY=not whole, TMA=tma, STAGES=launch.stages,
+            MANY=not whole, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
         )  # fmt: skip
     # Results of an operator may not share their storage.

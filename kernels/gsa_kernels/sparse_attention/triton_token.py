@@ -10,7 +10,7 @@ Legend: see triton_forward.py; U slots of a union, J key blocks, 16 queries per 
 import triton
 import triton.language as tl
 
-from .triton_backward import add_rows, dkv_rows, gather_rows, row_scalars
+from .triton_backward import add_rows, dkv_rows, gather_rows
 from .triton_union import ones, pair_number, pair_numbers, sink_range
 
 
@@ -249,7 +249,8 @@ def owned_kernel(
         row_ok = (t >= 0) & (t < T)
         head = kv_head * G + m % G
         q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
-        lse, delta = row_scalars(lse_ptr, delta_ptr, b, t, head, row_ok, T, H)
+        line_of = (b.to(tl.int64) * H + head) * T + t
+        lse = tl.load(lse_ptr + line_of, mask=row_ok, other=0.0) * 1.4426950408889634
         flat = line.to(tl.int64) * n_groups + group
         start = start_ptr + (flat * n_owned + block) * 2
         n = tl.load(start) + c
@@ -272,7 +273,7 @@ def owned_kernel(
             begin = tl.load(docs_ptr + b.to(tl.int64) * S + q_start + t, mask=row_ok, other=0)
             chosen = chosen & (key[:, None] >= begin[None, :])
         p = tl.where(chosen, p, 0.0)
-        dk, dv = add_rows(dk, dv, p, q, do, v, delta)
+        dk, dv = add_rows(dk, dv, p, q, do, v, delta_ptr, line_of, row_ok)
     low = tl.maximum(block * OWNED, q_start)
     high = tl.minimum((block + 1) * OWNED + WINDOW - 1, q_start + T)
     for first in tl.range(low, high, EACH, num_stages=1):
@@ -281,7 +282,7 @@ def owned_kernel(
         dk, dv = dkv_rows(
             dk, dv, k, v, key, q_ptr, do_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, docs_ptr, 0.0,
             b, kv_head, at_row, 0, q_start, T, S, scale_log2,
-            H, G, E, BE, BM, WINDOW, 1, 1, True, HAS_DOCS, False
+            H, G, E, BE, BM, WINDOW, 1, 1, True, HAS_DOCS, False, False
         )  # fmt: skip
     # Addresses anew, see dkv_kernel.
     key = block * OWNED + c + (tl.load(entries_ptr + owner) >> 31)

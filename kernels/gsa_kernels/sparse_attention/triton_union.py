@@ -52,6 +52,13 @@ def ones(x):
 
 
 @triton.jit
+def unchosen(bits, query):
+    """Negative and above -2^23, by its upper bits, where bit `query` is not set; else below 2^23.
+    No comparison: see mask_of in triton_forward.py."""
+    return (~bits << (31 - query)) >> 8
+
+
+@triton.jit
 def pair_number(before, bits, query):
     """Number of the pair (query, key): `before` it lie the pairs of lower keys. Broadcasts."""
     return before + ones(bits & ((1 << query) - 1))
