@@ -60,7 +60,8 @@ def forward(
         return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 3)
     # Rows that gather parts of blocks also keep addresses: more of them would spill.
     bm = _rows(256 if block >= 64 else 128, rows)
-    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 5, tma=True)
+    # Two programs of 64 rows fit a multiprocessor if their shared memory stays under half of it.
+    return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, 5 if bm > 64 else 4, tma=True)
 
 
 def query_gradient(
