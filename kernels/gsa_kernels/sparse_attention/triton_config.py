@@ -20,7 +20,7 @@ class Launch:
     warps: int
     stages: int
     tma: bool = False
-    range_stages: int = 2  # of the loop over sinks and local window
+    range_stages: int = 2  # of the loops over sinks and local windows
 
 
 def has_tma(device: torch.device) -> bool:
