@@ -84,8 +84,9 @@ def test_launches_compile_within_limits(shape, target):
     assert names == expected
     for row in rows:
         assert row["shared"] <= SHARED[target], row
-        # A few registers to local memory cost little; an accumulator there is a disaster.
-        assert row["local"] <= (64 if shape == "token" else 1024), row
+        # Triton 3.6 spills 16 bytes on sm_90 at most, later compilers more; an accumulator in
+        # local memory would be 512.
+        assert row["local"] <= (64 if shape == "token" else 320), row
 
 
 @pytest.mark.parametrize("arguments", SELECTIONS)

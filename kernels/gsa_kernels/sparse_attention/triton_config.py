@@ -21,7 +21,7 @@ class Launch:
     warps: int
     stages: int
     tma: bool = False
-    range_stages: int = 2  # of the loop over sinks and local window
+    range_stages: int = 2  # of the loops over sinks and local windows
 
 
 @cache  # asking a device takes the host microseconds

@@ -208,7 +208,6 @@ def forward_kernel(
         q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None], other=0.0)
     else:
         q = tl.load(q_ptr + row_offset[:, None] * E + e, mask=row_ok[:, None] & e_ok, other=0.0)
-    scale_log2 = tl.maximum(scale_log2, 1e-30)
     unit = 1.4426950408889634 / scale_log2  # of the bias, which is added to the products
     start = position * 0
     if HAS_DOCS:

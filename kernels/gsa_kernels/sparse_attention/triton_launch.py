@@ -157,7 +157,7 @@ def forward(
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
         queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
         _pairs(selection) if plan.single else own,
-        plan.sink_stride, scale * LOG2E,
+        plan.sink_stride, max(scale, 1e-30) * LOG2E,
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
@@ -206,6 +206,11 @@ def backward(
 
     out is the ungated output, dout the gradient of the gated one.
     """
+    if scale < 0:  # masks are -inf, to be multiplied by a positive number
+        dq, *others = backward(
+            -q, k, v, out, lse, dout, dlse, selection, bias, docs, -scale, deterministic, gate
+        )
+        return -dq, *others  # type: ignore[return-value]
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     group = heads // kv_heads
@@ -256,7 +261,7 @@ def backward(
         _or(docs, plan.lists), _or(plan.sinks, plan.lists),
         queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
         _pairs(selection) if plan.single else own,
-        plan.sink_stride, scale, scale * LOG2E,
+        plan.sink_stride, scale, max(scale, 1e-30) * LOG2E,
         **plan.constants,
         BM=launch.rows, BN=launch.keys, UNION=united,
         HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
@@ -280,7 +285,7 @@ def backward(
             _or(bias, lse),
             _or(docs, blocks),
             queries, keys, selection.q_start, selection.q_start // r, tiles, entries, tiles * own,
-            scale, scale * LOG2E,
+            scale, max(scale, 1e-30) * LOG2E,
             **(plan.constants | {"R": r}),
             BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
             MANY=not whole, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
@@ -359,7 +364,7 @@ def _pair_sums(
         q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
         _or(packed, lse), _or(plan.docs, plan.lists),
         queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
-        selection.q_start, 1.0 if gradient else groups / heads, scale * LOG2E,
+        selection.q_start, 1.0 if gradient else groups / heads, max(scale, 1e-30) * LOG2E,
         H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
         **_token_constants(plan, selection),
         BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,
@@ -399,7 +404,7 @@ def _owned_keys(
         q, k, v, dout, lse, delta, dk, dv, plan.lists, _or(plan.bits, plan.lists), counts,
         starts, entries, used, _or(packed, lse), _or(plan.docs, plan.lists),
         q.shape[1], k.shape[1], plan.lists.shape[3], _pairs(selection), tiles,
-        selection.q_start, scale, scale * LOG2E,
+        selection.q_start, scale, max(scale, 1e-30) * LOG2E,
         H=c["H"], K=c["K"], E=c["E"], BE=c["BE"], HS=c["HS"], WINDOW=selection.spec.window,
         OWNED=OWNED, BM=launch.rows, HAS_DOCS=plan.docs is not None,
         HAS_BIAS=biased, STAGES=launch.stages,
