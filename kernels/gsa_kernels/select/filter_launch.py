@@ -16,6 +16,7 @@ from gsa_kernels.index_score.triton_launch import (
 from .triton_filter import exact_kernel, filter_kernel, pick_kernel, threshold_kernel
 
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
+EXACT_KEYS = 32  # fewer registers
 
 
 def filtered_keys(
@@ -84,7 +85,7 @@ def filtered_keys(
     exact_kernel[(ceil_div(rows, 64), lists)](
         q, k, weight, weight if bias is None else bias, held, bound, count, out, fine,
         queries, s, q_start, first_tile, rows, k.shape[1], wanted, width, scale,
-        **common, BM=64, BN=32, BW=fill,
+        **common, BM=64, BN=EXACT_KEYS, BW=fill,
         num_warps=8,
     )  # fmt: skip
     return out

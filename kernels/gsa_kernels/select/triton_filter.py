@@ -399,8 +399,9 @@ def exact_kernel(
         top = tl.where(reached > CAP, LARGEST, listed_key - 1)
         top = tl.where(bad, top, threshold)
         wanted = tl.zeros([BM], tl.int32)
-        # Passes over all keys: one that counts candidates, those of the bisection, one that
-        # counts what lies above the threshold, one that writes.
+        least, most = tl.full([BM], LARGEST, tl.int32), tl.full([BM], EMPTY, tl.int32)
+        # Passes over all keys: one that counts candidates and finds the range of their scores,
+        # those of the bisection, one that counts what lies above the threshold, one that writes.
         stage = 0
         room = tl.zeros([BM], tl.int32)
         while stage < 4:
@@ -422,6 +423,8 @@ def exact_kernel(
                 if stage < 3:
                     count += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
                     if stage == 0:
+                        least = tl.minimum(least, tl.min(tl.where(key > EMPTY, key, LARGEST), 1))
+                        most = tl.maximum(most, tl.max(key, 1))
                         nan = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
                         tl.store(fine_ptr, 0, mask=nan > 0)
                 else:
@@ -430,12 +433,16 @@ def exact_kernel(
                     keep = (key > middle[:, None]) | (tie & (tied <= room[:, None]))
                     slot = count[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
                     out = out_ptr + entry[:, None] * width + slot
-                    tl.store(out, column + tl.zeros([BM, BN], tl.int32), mask=keep)
+                    # NaN, above all others, may be more than wanted.
+                    found = column + tl.zeros([BM, BN], tl.int32)
+                    tl.store(out, found, mask=keep & (slot < width))
                     ties += tl.sum(tie.to(tl.int32), 1)
                     count += tl.sum(keep.to(tl.int32), 1)
             if stage == 0:
                 wanted = tl.minimum(want, count)
-                top = tl.where(wanted > 0, top, threshold)
+                some = wanted > 0
+                threshold = tl.where(some, tl.maximum(threshold, least), threshold)
+                top = tl.where(some, tl.minimum(top, most), threshold)
             if stage == 1:
                 threshold = tl.where(count >= wanted, middle, threshold)
                 top = next_top(count, wanted, middle, top)
