@@ -48,7 +48,7 @@ def plan(
     mean = width / stride
     rank = mean + 5.5 * math.sqrt(mean) + 4
     # The list's length has the spread of the samples above its threshold.
-    need = stride * (rank * 33 / 32 + 5 * math.sqrt(rank))
+    need = stride * (rank * 17 / 16 + 5 * math.sqrt(rank))
     places = max(FEWEST, 1 << math.ceil(math.log2(need)))
     if places > MOST:
         return None

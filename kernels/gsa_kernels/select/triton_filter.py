@@ -93,7 +93,7 @@ def threshold_kernel(
         while threshold < top:
             middle = (threshold + top + 1) >> 1
             n = tl.sum((key >= middle).to(tl.int32), 0)
-            close = (n >= rank) & (n - rank <= rank // 32)
+            close = (n >= rank) & (n - rank <= rank // 16)
             threshold = tl.where(n >= rank, middle, threshold)
             top = tl.where(close, middle, tl.where(n >= rank, top, middle - 1))
     tl.store(bound_ptr + entry, least_score(threshold))
@@ -404,6 +404,7 @@ def exact_kernel(
         # those of the bisection, one that counts what lies above the threshold, one that writes.
         stage = 0
         room = tl.zeros([BM], tl.int32)
+        nan = tl.zeros([BM], tl.int32)
         while stage < 4:
             middle = tl.where(
                 stage == 0, EMPTY + 1, tl.where(stage == 1, (threshold + top + 1) >> 1, threshold)
@@ -425,8 +426,8 @@ def exact_kernel(
                     if stage == 0:
                         least = tl.minimum(least, tl.min(tl.where(key > EMPTY, key, LARGEST), 1))
                         most = tl.maximum(most, tl.max(key, 1))
-                        nan = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-                        tl.store(fine_ptr, 0, mask=nan > 0)
+                        bad_score = ((score != score) & ok).to(tl.int32)
+                        nan = tl.maximum(nan, tl.max(bad_score, 1))
                 else:
                     tie = key == middle[:, None]
                     tied = ties[:, None] + tl.cumsum(tie.to(tl.int32), 1)
@@ -439,6 +440,7 @@ def exact_kernel(
                     ties += tl.sum(tie.to(tl.int32), 1)
                     count += tl.sum(keep.to(tl.int32), 1)
             if stage == 0:
+                tl.store(fine_ptr, 0, mask=tl.max(nan, 0) > 0)
                 wanted = tl.minimum(want, count)
                 some = wanted > 0
                 threshold = tl.where(some, tl.maximum(threshold, least), threshold)
