@@ -31,7 +31,7 @@ SPEC = SelectionSpec(1, 1, window=7, sinks=2)
 @pytest.fixture
 def short_lists(monkeypatch):
     """Rows of more than 40 keys count as long; the function sets how many scores lists hold."""
-    from gsa_kernels.select import filtering, kernels, triton_launch
+    from gsa_kernels.select import filter_launch, filtering, kernels, triton_launch
 
     plan = filtering.plan
 
@@ -42,6 +42,7 @@ def short_lists(monkeypatch):
 
         for module in (kernels, triton_launch):
             monkeypatch.setattr(module, "LONGEST", 40)
+        monkeypatch.setattr(filter_launch, "EXACT_KEYS", 256)  # fewer steps to interpret
         monkeypatch.setattr(filtering, "EVERY", 4)
         monkeypatch.setattr(filtering, "ROWS", 1)
         monkeypatch.setattr(filtering, "plan", shorter)
@@ -126,7 +127,7 @@ def test_short_rows_before_long_ones(short_lists, misjudged):
 def test_rows_whose_guess_was_wrong(short_lists, misjudged, monkeypatch, wrong, documents):
     from gsa_kernels.select import filtering
 
-    factors, docs = late(), docs_of(KEYS, documents)
+    factors, docs = late(activation="relu"), docs_of(KEYS, documents)
     expected = choice(factors, docs)
     short_lists(places=64 if wrong == "many" else 128)
     sample_of = filtering.sample_of

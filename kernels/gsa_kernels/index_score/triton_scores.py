@@ -116,7 +116,7 @@ def product(q, k, acc, WIDE: tl.constexpr):
 def activated(x, SIGMOID: tl.constexpr):
     """The activation; for the sigmoid x is -log2(e) times its argument."""
     if SIGMOID:
-        return 1.0 / (1.0 + tl.exp2(x))
+        return reciprocal(1.0 + tl.exp2(x))
     return tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
 
 
@@ -129,7 +129,7 @@ def scaled(x, slope, bias, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to an ulp, for x of 1 or more: without a division's care for extremes."""
+    """1 / x to an ulp, for x of 1 or more (0 of infinity): a division without its special cases."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -144,8 +144,9 @@ def joined(
     """over / under + weight * activation of x (see `activated`), as (over, under); under stays 1
     but for sigmoids, of which GROUP may be joined. FIRST: over / under is 0 / 1."""
     if SIGMOID:
-        # Of NaN, NaN.
-        t = tl.exp2(tl.minimum(x, 124.0 / GROUP, propagate_nan=tl.PropagateNan.ALL))
+        if GROUP > 1:  # of NaN, NaN
+            x = tl.minimum(x, 124.0 / GROUP, propagate_nan=tl.PropagateNan.ALL)
+        t = tl.exp2(x)
         if FIRST:
             return weight + over, 1.0 + t
         return tl.fma(weight + tl.zeros_like(x), under, tl.fma(over, t, over)), tl.fma(

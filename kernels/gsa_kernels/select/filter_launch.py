@@ -16,6 +16,8 @@ from gsa_kernels.index_score.triton_launch import (
 from .triton_filter import exact_kernel, filter_kernel, pick_kernel, threshold_kernel
 
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
+SAMPLES_PER_WARP, PLACES_PER_WARP = 1024, 512
+EXACT_KEYS = 32  # fewer registers
 
 
 def filtered_keys(
@@ -56,7 +58,7 @@ def filtered_keys(
         threshold_kernel[(rows, lists)](
             scores, held, bound, s, first_tile, rows, scores.shape[-1], wanted,
             **range_of, STRIDE=stride, CAP=places, BN=bn,
-            num_warps=min(32, max(1, bn // 1024)),
+            num_warps=min(32, max(1, bn // SAMPLES_PER_WARP)),
         )  # fmt: skip
         return bound
 
@@ -79,12 +81,12 @@ def filtered_keys(
     pick_kernel[(rows, lists)](
         items, count, bound, out, fine, rows, wanted, width,
         CAP=places, BW=fill,
-        num_warps=min(32, max(1, places // 512)),
+        num_warps=min(32, max(1, places // PLACES_PER_WARP)),
     )  # fmt: skip
     exact_kernel[(ceil_div(rows, 64), lists)](
         q, k, weight, weight if bias is None else bias, held, bound, count, out, fine,
         queries, s, q_start, first_tile, rows, k.shape[1], wanted, width, scale,
-        **common, BM=64, BN=32, BW=fill,
+        **common, BM=64, BN=EXACT_KEYS, BW=fill,
         num_warps=8,
     )  # fmt: skip
     return out

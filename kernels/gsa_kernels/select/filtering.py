@@ -45,10 +45,11 @@ def plan(
     stride = EVERY
     while keys // stride > SAMPLES:
         stride *= 2
-    mean = width / stride
-    rank = mean + 5.5 * math.sqrt(mean) + 4
-    # The list's length has the spread of the samples above its threshold.
-    need = stride * (rank * 33 / 32 + 5 * math.sqrt(rank))
+    mean, spread = width / stride, 1 - 1 / stride
+    rank = mean + 5.5 * math.sqrt(mean * spread) + 4  # as triton_filter.sample_rank
+    # A list's length has the spread of the samples above its threshold, of which there may be a
+    # sixteenth too many.
+    need = stride * (rank * 17 / 16 + 5 * math.sqrt(rank * spread))
     places = max(FEWEST, 1 << math.ceil(math.log2(need)))
     if places > MOST:
         return None

@@ -93,7 +93,7 @@ def threshold_kernel(
         while threshold < top:
             middle = (threshold + top + 1) >> 1
             n = tl.sum((key >= middle).to(tl.int32), 0)
-            close = (n >= rank) & (n - rank <= rank // 32)
+            close = (n >= rank) & (n - rank <= rank // 16)
             threshold = tl.where(n >= rank, middle, threshold)
             top = tl.where(close, middle, tl.where(n >= rank, top, middle - 1))
     tl.store(bound_ptr + entry, least_score(threshold))
@@ -399,10 +399,12 @@ def exact_kernel(
         top = tl.where(reached > CAP, LARGEST, listed_key - 1)
         top = tl.where(bad, top, threshold)
         wanted = tl.zeros([BM], tl.int32)
-        # Passes over all keys: one that counts candidates, those of the bisection, one that
-        # counts what lies above the threshold, one that writes.
+        least, most = tl.full([BM], LARGEST, tl.int32), tl.full([BM], EMPTY, tl.int32)
+        # Passes over all keys: one that counts candidates and finds the range of their scores,
+        # those of the bisection, one that counts what lies above the threshold, one that writes.
         stage = 0
         room = tl.zeros([BM], tl.int32)
+        nan = tl.zeros([BM], tl.int32)
         while stage < 4:
             middle = tl.where(
                 stage == 0, EMPTY + 1, tl.where(stage == 1, (threshold + top + 1) >> 1, threshold)
@@ -422,20 +424,27 @@ def exact_kernel(
                 if stage < 3:
                     count += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
                     if stage == 0:
-                        nan = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-                        tl.store(fine_ptr, 0, mask=nan > 0)
+                        least = tl.minimum(least, tl.min(tl.where(key > EMPTY, key, LARGEST), 1))
+                        most = tl.maximum(most, tl.max(key, 1))
+                        bad_score = ((score != score) & ok).to(tl.int32)
+                        nan = tl.maximum(nan, tl.max(bad_score, 1))
                 else:
                     tie = key == middle[:, None]
                     tied = ties[:, None] + tl.cumsum(tie.to(tl.int32), 1)
                     keep = (key > middle[:, None]) | (tie & (tied <= room[:, None]))
                     slot = count[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
                     out = out_ptr + entry[:, None] * width + slot
-                    tl.store(out, column + tl.zeros([BM, BN], tl.int32), mask=keep)
+                    # NaN, above all others, may be more than wanted.
+                    found = column + tl.zeros([BM, BN], tl.int32)
+                    tl.store(out, found, mask=keep & (slot < width))
                     ties += tl.sum(tie.to(tl.int32), 1)
                     count += tl.sum(keep.to(tl.int32), 1)
             if stage == 0:
+                tl.store(fine_ptr, 0, mask=tl.max(nan, 0) > 0)
                 wanted = tl.minimum(want, count)
-                top = tl.where(wanted > 0, top, threshold)
+                some = wanted > 0
+                threshold = tl.where(some, tl.maximum(threshold, least), threshold)
+                top = tl.where(some, tl.minimum(top, most), threshold)
             if stage == 1:
                 threshold = tl.where(count >= wanted, middle, threshold)
                 top = next_top(count, wanted, middle, top)
