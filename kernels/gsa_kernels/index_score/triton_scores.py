@@ -129,7 +129,7 @@ def scaled(x, slope, bias, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to an ulp, for x of 1 or more (0 of infinity): a division without its special cases."""
+    """1 / x to an ulp, for x of 1 or more; 0 of infinity."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
