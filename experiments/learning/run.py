@@ -185,11 +185,23 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     state = git_state()
     return {
         "study": args.study,
-        "command": shlex.join(["python", "experiments/learning/run.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "experiments/learning/run.py", *recorded()]),
         "versions": versions(),
         "commit": args.commit or (state.commit if state else None),
-        "dirty": bool(state and state.dirty),
+        "dirty": bool(not args.commit and state and state.dirty),
     }
+
+
+def recorded() -> list[str]:
+    """The arguments that say what was run: without the folders of one machine."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--out", "--runs", "--commit", "--name"):
+            next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 def device(kind: str) -> str:
