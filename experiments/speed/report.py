@@ -26,6 +26,7 @@ COLUMNS = {
     "dense_backend": ("by", "{}"),
     "ours_ms": ("whole path, ms", "{:.2f}"),
     "ratio": ("ratio", "{:.1f}x"),
+    "host_ms": ("of the host, ms", "{:.2f}"),
     "reuse_ms": ("step inside a tile, ms", "{:.3f}"),
     "score_ms": ("scoring, ms", "{:.2f}"),
     "select_ms": ("selection, ms", "{:.2f}"),
@@ -37,6 +38,7 @@ COLUMNS = {
     "bytes_share": ("bytes/s", "{:.0%}"),
     "gathered_share": ("gathered bytes/s", "{:.0%}"),
     "peak_extra_bytes": ("extra memory, MB", "{:.0f}"),
+    "attend_extra_bytes": ("of the attention, MB", "{:.0f}"),
 }
 INDEXER_COLUMNS = {
     "seq_len": ("tokens", "{:,}"),
@@ -79,7 +81,7 @@ def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
         "|---" * len(columns) + "|",
     ]
     for row in rows:
-        row = row | {"peak_extra_bytes": row.get("peak_extra_bytes", 0) / 1e6}
+        row = row | {n: row[n] / 1e6 for n in row if n.endswith("_extra_bytes")}
         row["pass"] = row["pass"].replace("_", " + ")
         cells = [form.format(row[n]) if n in row else "" for n, (_, form) in columns.items()]
         lines.append("| " + " | ".join(cells) + " |")

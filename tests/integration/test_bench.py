@@ -11,7 +11,8 @@ from gsa_platform.cli import main
 FIELDS = {
     "mode", "pass", "batch", "seq_len", "heads", "kv_heads", "head_dim", "k", "inputs",
     "dense_backend", "dense_ms", "score_ms", "select_ms", "attend_ms", "ours_ms", "ratio",
-    "host_ms", "peak_extra_bytes", "C", "R", "roofline", "flops_share", "bytes_share",
+    "host_ms", "peak_extra_bytes", "attend_extra_bytes", "C", "R", "roofline",
+    "flops_share", "bytes_share",
 }  # fmt: skip
 SMALL = ["--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--k", "96", "--window", "20",
          "--sinks", "8", "--key-block", "16", "--query-tile", "16", "--device", "cpu", "--seconds",

@@ -51,11 +51,13 @@ def layer_record(
     with torch.set_grad_enabled(backward):
         times = _times(cases, attention, whole, device, budget_s)
         extra = peak_bytes(partial(whole, 0), device)
+        alone = peak_bytes(partial(attention, 0), device)
     tensors = [(c.q, c.k, v) for c, v in zip(cases, values, strict=True)]
     found, refused = dense_times(tensors, dense, backward, others, budget_s)
     record = _record(shape, name, times, found, refused, extra)
     counted = work(chosen[0], shape.heads, shape.kv_heads)
     record["keys_attended"] = counted.pairs / (shape.heads * shape.seq_len * shape.batch)
+    record["attend_extra_bytes"] = alone
     return record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
 
 
@@ -112,6 +114,7 @@ def decode_record(
             again = [partial(c.attend, s) for c, s in zip(cases, chosen, strict=True)]
             times["reuse_ms"] = milliseconds(rotate(again), device, budget_s)
         extra = peak_bytes(cases[0].forward, device)
+        alone = peak_bytes(partial(attention, 0), device)
     tensors = [(c.q, c.k, c.v) for c in cases[: len(held)]]
     found, refused = dense_times(tensors, dense, False, others, budget_s)
     record = _record(shape, "decode", times, found, refused, extra)
@@ -119,6 +122,7 @@ def decode_record(
         mean = (times["ours_ms"] + (r - 1) * times["reuse_ms"]) / r
         record["ratio_mean_step"] = record["dense_ms"] / mean
     counted = work(chosen[0], shape.heads, shape.kv_heads)
+    record["attend_extra_bytes"] = alone
     record["cache_keys"] = case.k.shape[1] - 1
     record["keys_attended"] = counted.pairs / (shape.heads * shape.batch)
     q, read = cases[0].q, _read(case.k, counted)
