@@ -16,19 +16,20 @@ Legend: B batch, H selection heads, C keys per block, R queries per tile, BN col
 import triton
 import triton.language as tl
 
-from gsa_kernels.index_score.triton_scores import candidate_range
+from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
 EMPTY = tl.constexpr(-(1 << 20))  # below the key of every score
+GUESSES = tl.constexpr(6)  # steps towards a threshold before the interval is halved
 
 
 @triton.jit
 def ordered(score, ok):
     """int32 keys that compare as `comparable` scores do; EMPTY for -inf and where not ok."""
     bits = score.to(tl.int32, bitcast=True)
-    bits = (bits + 2048) & -4096
-    bits = tl.where(bits == -2147483648, 0, bits)  # -0 equals 0
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> 12
-    return tl.where(ok & (bits != -8388608), key, EMPTY)  # the bits of -inf
+    key = (bits + 2048) >> 12
+    key ^= (key >> 31) & 0x7FFFF
+    key = tl.where(key == -1, 0, key)  # -0 equals 0
+    return tl.where(ok & (key != -522241), key, EMPTY)  # that of -inf
 
 
 @triton.jit
@@ -156,26 +157,92 @@ def shrink_kernel(
 
 
 @triton.jit
+def number(key):
+    """Keys as float32 numbers 1 apart: 2^23 + 2^22 + key."""
+    return (key + 0x4B400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reached(numbers, least):
+    """[BM] int32: how many keys of each row are no smaller than `least`."""
+    # Floating-point units count twice as fast as those that compare.
+    over = numbers - number(least - 1)[:, None]
+    if ASSEMBLY:
+        over = tl.inline_asm_elementwise(
+            "cvt.sat.f32.f32 $0, $1;", "=f,f", [over], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        over = tl.minimum(tl.maximum(over, 0.0), 1.0)
+    return tl.sum(over, 1).to(tl.int32)
+
+
+@triton.jit
+def lower_end(key, top, want, some):
+    """[BM]: a key that at least `want` (where some) of each row reach, mostly few more: the
+    want-th largest of the largest keys of groups of GROUP, or the least key."""
+    BM: tl.constexpr = key.shape[0]
+    BN: tl.constexpr = key.shape[1]
+    GROUP: tl.constexpr = group_size(BN)
+    threshold = 0 * top + (EMPTY + 1)
+    lacking = some
+    if GROUP > 1:  # the keys of a group belong to one thread
+        numbers = number(tl.max(tl.reshape(key, [BM, GROUP, BN // GROUP]), 1))
+        enough = some & (reached(numbers, threshold) >= want)
+        lacking = some & (enough == 0)
+        top = tl.where(enough, top, threshold)
+        reach = 2048  # of a power of two in value, thinly filled at the top of most rows
+        while tl.max(top - threshold, 0) > 0:
+            middle = tl.maximum((threshold + top + 1) >> 1, top - reach)
+            n = reached(numbers, middle)
+            threshold = tl.where(n >= want, middle, threshold)
+            top = next_top(n, want, middle, top)
+            reach = tl.minimum(4 * reach, 1 << 21)
+    if tl.max(lacking.to(tl.int32), 0) > 0:
+        least = tl.min(tl.where(key > EMPTY, key, 1 << 20), 1)
+        threshold = tl.where(lacking, least, threshold)
+    return threshold
+
+
+@triton.constexpr_function
+def group_size(columns):
+    return max(1, min(8, columns // 128))
+
+
+@triton.jit
 def best(key, want):
     """The `want` largest keys of each row: (which, the place of each among them, how many)."""
-    want = tl.minimum(want, tl.sum((key > EMPTY).to(tl.int32), 1))
+    numbers = number(key)
+    n_low = reached(numbers, 0 * want + (EMPTY + 1))
+    n_high = 0 * want  # how many are larger than `top`
+    want = tl.minimum(want, n_low)
     some = want > 0
-    top = tl.where(some, tl.max(key, 1), 0)
-    least = tl.min(tl.where(key > EMPTY, key, top[:, None]), 1)
-    threshold = tl.where(some, least, 0)
+    top = tl.max(key, 1)
+    all_ = want == n_low
+    threshold = lower_end(key, top, want, some & (want < n_low))
+    n_low = tl.where(all_, n_low, reached(numbers, threshold))
+    threshold = tl.where(some, threshold, 1 << 20)
+    n_low = tl.where(some, n_low, 0)
+    top = tl.where(n_low == want, threshold, top)
+    step = 0
     while tl.max(top - threshold, 0) > 0:
-        middle = (threshold + top + 1) >> 1
-        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        # Where the counts of both ends, joined by a line, pass `want`.
+        share = (n_low - want).to(tl.float32) / tl.maximum(n_low - n_high, 1).to(tl.float32)
+        guess = threshold + ((top + 1 - threshold).to(tl.float32) * share).to(tl.int32)
+        middle = tl.where(step < GUESSES, guess, (threshold + top + 1) >> 1)
+        middle = tl.minimum(tl.maximum(middle, threshold + 1), top)
+        n = reached(numbers, middle)
+        n_low = tl.where(n >= want, n, n_low)
+        n_high = tl.where(n < want, n, n_high)
         threshold = tl.where(n >= want, middle, threshold)
         top = next_top(n, want, middle, top)
-    above = key > threshold[:, None]
-    tie = key == threshold[:, None]
-    room = want - tl.sum(above.to(tl.int32), 1)
-    # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
-    rank = tl.cumsum(above.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
-    ties = tl.minimum(rank & 65535, room[:, None])
-    keep = (above | (tie & ((rank & 65535) <= room[:, None]))) & some[:, None]
-    return keep, (rank >> 16) + ties - 1, want
+        step += 1
+    if tl.max(n_low - want, 0) > 0:  # more ties than places
+        tie = numbers == number(threshold)[:, None]
+        room = want - reached(numbers, threshold + 1)
+        late = tl.cumsum(tie.to(tl.int32), 1) > room[:, None]
+        numbers = tl.where(tie & late, 0.0, numbers)
+    keep = numbers >= number(threshold)[:, None]
+    return keep, tl.cumsum(keep.to(tl.int32), 1) - 1, want
 
 
 @triton.jit
