@@ -30,7 +30,7 @@ from gsa_kernels.index_score.triton_scores import (
     scaled,
 )
 
-from .triton_select import EMPTY, best, fill, next_top, ordered
+from .triton_select import EMPTY, best, fill, has_nan, next_top, ordered, put
 
 LARGEST = tl.constexpr(0x7F800)  # the key of infinity
 
@@ -324,11 +324,11 @@ def pick_kernel(
         ok = (slot < front[:, None]) | (slot >= CAP - rear[:, None])
         item = tl.load(list_ptr + entry[:, None] * CAP + slot, mask=ok, other=0)
         score = (item >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        nan = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-        tl.store(fine_ptr, 0, mask=nan > 0)
-        keep, place, chosen = best(ordered(score, ok), row * 0 + want)
+        score = tl.where(ok, score, float("-inf"))
+        tl.store(fine_ptr, 0, mask=has_nan(score))
+        place, chosen = best(ordered(score, True), row * 0 + want)
         out = out_ptr + entry[:, None] * width
-        tl.store(out + place, item.to(tl.int32), mask=keep)
+        put(out, place, item.to(tl.int32))
         fill(out, chosen, row_ok, width, BW)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
-EMPTY = tl.constexpr(-(1 << 20))  # below the key of every score
+EMPTY = tl.constexpr(-522241)  # the key of -inf
 GUESSES = tl.constexpr(6)  # steps towards a threshold before the interval is halved
 
 
@@ -29,7 +29,13 @@ def ordered(score, ok):
     key = (bits + 2048) >> 12
     key ^= (key >> 31) & 0x7FFFF
     key = tl.where(key == -1, 0, key)  # -0 equals 0
-    return tl.where(ok & (key != -522241), key, EMPTY)  # that of -inf
+    return tl.where(ok, key, EMPTY)
+
+
+@triton.jit
+def has_nan(score):
+    bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.max(bits, 1), 0) > 0x7F800000
 
 
 @triton.jit
@@ -166,14 +172,43 @@ def number(key):
 def reached(numbers, least):
     """[BM] int32: how many keys of each row are no smaller than `least`."""
     # Floating-point units count twice as fast as those that compare.
+    return tl.sum(reaches(numbers, least), 1).to(tl.int32)
+
+
+@triton.jit
+def reaches(numbers, least):
+    """1.0 where a key is no smaller than its row's `least`, else 0.0."""
     over = numbers - number(least - 1)[:, None]
     if ASSEMBLY:
-        over = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "cvt.sat.f32.f32 $0, $1;", "=f,f", [over], dtype=tl.float32, is_pure=True, pack=1
         )
+    return tl.minimum(tl.maximum(over, 0.0), 1.0)
+
+
+@triton.jit
+def put(row_ptr, place, value):
+    """Store int32 values at places of a row, except where the place is -1."""
+    if ASSEMBLY:  # a store of Triton's would pass through shared memory first
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred here;
+            .reg .b64 address;
+            setp.ge.s32 here, $2, 0;
+            mad.wide.s32 address, $2, 4, $1;
+            @here st.global.b32 [address], $3;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [row_ptr.to(tl.int64), place, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     else:
-        over = tl.minimum(tl.maximum(over, 0.0), 1.0)
-    return tl.sum(over, 1).to(tl.int32)
+        tl.store(row_ptr + place, value, mask=place >= 0)
 
 
 @triton.jit
@@ -210,7 +245,7 @@ def group_size(columns):
 
 @triton.jit
 def best(key, want):
-    """The `want` largest keys of each row: (which, the place of each among them, how many)."""
+    """The `want` largest keys of each row: (the place of each among them, or -1; how many)."""
     numbers = number(key)
     n_low = reached(numbers, 0 * want + (EMPTY + 1))
     n_high = 0 * want  # how many are larger than `top`
@@ -241,8 +276,8 @@ def best(key, want):
         room = want - reached(numbers, threshold + 1)
         late = tl.cumsum(tie.to(tl.int32), 1) > room[:, None]
         numbers = tl.where(tie & late, 0.0, numbers)
-    keep = numbers >= number(threshold)[:, None]
-    return keep, tl.cumsum(keep.to(tl.int32), 1) - 1, want
+    keep = reaches(numbers, threshold).to(tl.int32, bitcast=True) >> 29  # 1.0 to 1
+    return tl.cumsum(keep, 1) * keep - 1, want
 
 
 @triton.jit
@@ -308,10 +343,11 @@ def select_kernel(
         score = tl.load(score_ptr + place, mask=padded, other=0.0)
     else:
         score = tl.load(score_ptr + place, mask=ok, other=0.0)
-    bad = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-    tl.store(fine_ptr, 0, mask=bad > 0)
+    score = tl.where(ok, score, float("-inf"))
+    tl.store(fine_ptr, 0, mask=has_nan(score))
     want = wanted_of(wanted_ptr, entry, row_ok, most, HAS_WANTED)
-    keep, slot, want = best(ordered(score, ok), want)
+    slot, want = best(ordered(score, True), want)
+    keep = slot >= 0
     found = column
     if LISTED:
         found = tl.load(column_ptr + place, mask=keep, other=0)
@@ -320,5 +356,5 @@ def select_kernel(
         parent = tl.load(parents + found // RATIO, mask=keep, other=0)
         found = parent * RATIO + found % RATIO
     out = out_ptr + entry[:, None] * width
-    tl.store(out + slot, found, mask=keep)
+    put(out, slot, found)
     fill(out, want, row_ok, width, BW)
