@@ -28,6 +28,7 @@ from gsa_kernels.index_score.triton_scores import (
     product,
     ratio,
     scaled,
+    unpacked,
 )
 
 from .triton_select import EMPTY, best, fill, has_nan, next_top, ordered, put
@@ -270,7 +271,7 @@ def filter_kernel(
         column_0 = low + (begin + step * (1 - 2 * back)) * BN
         k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
         k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-        k = tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0)
+        k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
         score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
                           WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
         even, odd = tl.split(tl.reshape(score, [BM, WORDS, 16, 2]))
@@ -415,7 +416,7 @@ def exact_kernel(
             for column_0 in range(low, stop, BN):
                 k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
                 k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-                k = tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0)
+                k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
                 score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH,
                                   SIGMOID=SIGMOID, WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
                 column = (column_0 + n)[None, :]
