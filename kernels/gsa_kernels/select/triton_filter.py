@@ -47,7 +47,7 @@ def sample_rank(want, STRIDE: tl.constexpr):
 @triton.jit
 def least_score(key):
     """The smallest float32 whose `ordered` key is at least this one; -inf of EMPTY."""
-    order = (key << 12) + tl.where(key < 0, 2048, -2048)
+    order = (key << 12) - 2048
     bits = tl.where(order < 0, order ^ 0x7FFFFFFF, order)
     return tl.where(key <= EMPTY, float("-inf"), bits.to(tl.float32, bitcast=True))
 

@@ -18,7 +18,8 @@ import triton.language as tl
 
 from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
-EMPTY = tl.constexpr(-522241)  # the key of -inf
+EMPTY = tl.constexpr(-0x7F800)  # the key of -inf
+NUMBER = tl.constexpr(0x4B400000)  # the bits of 2^23 + 2^22
 GUESSES = tl.constexpr(6)  # steps towards a threshold before the interval is halved
 
 
@@ -27,9 +28,8 @@ def ordered(score, ok):
     """int32 keys that compare as `comparable` scores do; EMPTY for -inf and where not ok."""
     bits = score.to(tl.int32, bitcast=True)
     key = (bits + 2048) >> 12
-    key ^= (key >> 31) & 0x7FFFF
-    key = tl.where(key == -1, 0, key)  # -0 equals 0
-    return tl.where(ok, key, EMPTY)
+    sign = key >> 31
+    return tl.where(ok, (key ^ (sign & 0x7FFFF)) - sign, EMPTY)
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def shrink_kernel(
 @triton.jit
 def number(key):
     """Keys as float32 numbers 1 apart: 2^23 + 2^22 + key."""
-    return (key + 0x4B400000).to(tl.float32, bitcast=True)
+    return (key + NUMBER).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -212,16 +212,14 @@ def put(row_ptr, place, value):
 
 
 @triton.jit
-def lower_end(key, top, want, some):
+def lower_end(shifted, top, want, some, GROUP: tl.constexpr):
     """[BM]: a key that at least `want` (where some) of each row reach, mostly few more: the
     want-th largest of the largest keys of groups of GROUP, or the least key."""
-    BM: tl.constexpr = key.shape[0]
-    BN: tl.constexpr = key.shape[1]
-    GROUP: tl.constexpr = group_size(BN)
     threshold = 0 * top + (EMPTY + 1)
     lacking = some
     if GROUP > 1:  # the keys of a group belong to one thread
-        numbers = number(tl.max(tl.reshape(key, [BM, GROUP, BN // GROUP]), 1))
+        shape: tl.constexpr = [shifted.shape[0], GROUP, shifted.shape[1] // GROUP]
+        numbers = tl.max(tl.reshape(shifted, shape), 1).to(tl.float32, bitcast=True)
         enough = some & (reached(numbers, threshold) >= want)
         lacking = some & (enough == 0)
         top = tl.where(enough, top, threshold)
@@ -233,8 +231,8 @@ def lower_end(key, top, want, some):
             top = next_top(n, want, middle, top)
             reach = tl.minimum(4 * reach, 1 << 21)
     if tl.max(lacking.to(tl.int32), 0) > 0:
-        least = tl.min(tl.where(key > EMPTY, key, 1 << 20), 1)
-        threshold = tl.where(lacking, least, threshold)
+        least = tl.min(tl.where(shifted > EMPTY + NUMBER, shifted, 0x7FFFFFFF), 1)
+        threshold = tl.where(lacking, least - NUMBER, threshold)
     return threshold
 
 
@@ -246,15 +244,16 @@ def group_size(columns):
 @triton.jit
 def best(key, want):
     """The `want` largest keys of each row: (the place of each among them, or -1; how many)."""
-    numbers = number(key)
+    shifted = key + NUMBER
+    numbers = shifted.to(tl.float32, bitcast=True)
     n_low = reached(numbers, 0 * want + (EMPTY + 1))
     n_high = 0 * want  # how many are larger than `top`
     want = tl.minimum(want, n_low)
     some = want > 0
-    top = tl.max(key, 1)
-    all_ = want == n_low
-    threshold = lower_end(key, top, want, some & (want < n_low))
-    n_low = tl.where(all_, n_low, reached(numbers, threshold))
+    top = tl.max(shifted, 1) - NUMBER
+    fewer = some & (want < n_low)
+    threshold = lower_end(shifted, top, want, fewer, group_size(key.shape[1]))
+    n_low = tl.where(fewer, reached(numbers, threshold), n_low)
     threshold = tl.where(some, threshold, 1 << 20)
     n_low = tl.where(some, n_low, 0)
     top = tl.where(n_low == want, threshold, top)
