@@ -99,6 +99,20 @@ def test_the_same_choice(short_lists, misjudged, dtype, activation, documents):
 
 
 @documents
+def test_keys_of_one_byte(short_lists, misjudged, documents):
+    from gsa_kernels.index_score.api import fp8_keys
+
+    factors, docs = late(), docs_of(KEYS, documents)
+    with torch.no_grad():
+        factors = replace(factors, k_BSI=fp8_keys(factors.k_BSI))
+    expected = choice(factors, docs)
+    short_lists()
+    assert torch.equal(choice(factors, docs), expected) and (expected >= 0).any()
+    ((rows, few, many),) = misjudged
+    assert rows == 2 * QUERIES and few + many <= rows // 8
+
+
+@documents
 @pytest.mark.parametrize(
     "spec",
     [SPEC, SelectionSpec(1, 4, window=7), SelectionSpec(1, 1, window=1, sinks=100)],

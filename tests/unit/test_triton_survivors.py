@@ -104,6 +104,53 @@ def test_bounds_and_what_they_prove(granularity, documents):
         select(coarse(wide, pool=4, pooling="bound"), spec, 18, 18, 45, impl="triton")
 
 
+@documents
+@pytest.mark.parametrize("block_score", ["mean", "max"])
+@pytest.mark.parametrize("granularity", [(1, 1), (4, 1)], ids=granularity_id)
+@pytest.mark.parametrize("kind", ["exact", "coarse"])
+def test_keys_of_a_longer_cache_are_read_where_they_are(
+    kind, granularity, block_score, documents, monkeypatch
+):
+    from gsa_kernels.index_score import survivor_launch, triton_launch
+
+    factors = low(make_factors(60, block_score=block_score, index_heads=2))
+    if kind == "coarse":
+        factors = coarse(factors, pool=8, survivors=3, pooling="bound")
+    row = torch.arange(59, 60, device=DEVICE)
+    factors = replace(factors.rows(row), q_start=59)
+    cache = torch.full((2, 90, 8), torch.nan, device=DEVICE)
+    cache[:, :60] = factors.k_BSI
+    seen = []
+
+    def watch(module, name):
+        kernel = getattr(module, name)
+
+        class Watched:
+            def __getitem__(self, grid):
+                def launch(*args, **constants):
+                    seen.append((name, [x.data_ptr() for x in args[:2] if torch.is_tensor(x)]))
+                    return kernel[grid](*args, **constants)
+
+                return launch
+
+        monkeypatch.setattr(module, name, Watched())
+
+    spec, docs = SelectionSpec(*granularity, window=7, sinks=3), docs_of(60, documents)
+    expected = select(factors, spec, 22, 22, 1, docs, impl="triton").selection.blocks_BHQN
+    watch(triton_launch, "score_kernel")
+    watch(triton_launch, "pool_kernel")
+    watch(survivor_launch, "running_kernel")
+    watch(survivor_launch, "survivor_kernel")
+    view = replace(factors, k_BSI=cache[:, :60])
+    got = select(view, spec, 22, 22, 1, docs, impl="triton").selection.blocks_BHQN
+    assert torch.equal(got, expected) and (got >= 0).any()
+    pooled = granularity[0] > 1 and block_score == "mean"
+    readers = {"pool_kernel" if pooled else "score_kernel"}
+    if kind == "coarse":
+        readers = {"running_kernel", "pool_kernel" if pooled else "survivor_kernel"}
+    assert {name for name, held in seen if cache.data_ptr() in held} == readers
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooling", ["mean", "max", "bound"])
 @documents

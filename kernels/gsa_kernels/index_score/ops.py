@@ -14,7 +14,7 @@ def _pool_keys(
     """[B, S // block, parts, I] mean key of each whole block, as keys.pool_keys; no gradient.
 
     The mean is the sum of its parts, in `dtype` (16 bits; None: that of k); one part is float32.
-    k [B, S, I], docs [B, S] integers; contiguous.
+    k [B, S, I], docs [B, S] integers; contiguous, but k along the batch.
     """
     from . import triton_launch
 
@@ -49,9 +49,9 @@ def _block_scores(
     """[B, H, rows, stride] float32 scores of blocks at the anchors of query tiles; no gradient.
 
     q [B, T, J, I], k [B, N, parts, I] mean keys or (single: a block scores as the best of its
-    keys) keys, weight [B, T, J], bias [J], docs [B, S]; contiguous. sizes: C, R, window, sinks,
-    q_start. tiles: the first one and the one after the last (absolute numbers) and the columns
-    wanted; stride is at least that. What is no candidate of its row is -inf or not written.
+    keys) keys, weight [B, T, J], bias [J], docs [B, S]; contiguous, but k along the batch.
+    sizes: C, R, window, sinks, q_start. tiles: the first one and the one after the last (absolute
+    numbers) and the columns wanted; stride is at least that. What is no candidate of its row is -inf or not written.
     running [B, S, I]: a column is a pooling block of `ratio` blocks, scored from its key in k, or,
     where it is the last before the local window, from the running one at its last position.
     """

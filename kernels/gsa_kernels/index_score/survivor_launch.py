@@ -15,7 +15,7 @@ APART = 16  # queries per tile from which neighbouring tiles are taken to share 
 def running_pool(
     k_BSI: Tensor, docs_BS: Tensor | None, pool: int, pooling: str, dtype: torch.dtype | None
 ) -> Tensor:
-    """[B, S, I], or [B, S, 2 I] for bounds; inputs contiguous."""
+    """[B, S, I], or [B, S, 2 I] for bounds; inputs contiguous, but k along the batch."""
     batch, keys, width = k_BSI.shape
     folds = 2 if pooling == "bound" else 1
     dtype = dtype or k_BSI.dtype
@@ -23,7 +23,8 @@ def running_pool(
     if out.numel():
         k_BSI = readable(k_BSI, dtype)
         running_kernel[(ceil_div(keys, pool), batch)](
-            k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys,
+            k_BSI, k_BSI if docs_BS is None else docs_BS, out,
+            keys, k_BSI.stride(0),
             WIDTH=width, BI=power_of_2(width), POOL=pool, MEAN=pooling == "mean", FOLDS=folds,
             HAS_DOCS=docs_BS is not None,
             num_warps=1,
@@ -62,7 +63,8 @@ def survivor_scores(
     survivor_kernel[(ceil_div(rows, bm), ceil_div(slots, span), batch * heads)](
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,
         weight_BTJ if docs_BS is None else docs_BS, lists_BHQP, out,
-        queries, n_positions(docs_BS), q_start, first_tile, rows, key_rows, slots, span, scale,
+        queries, n_positions(docs_BS), q_start, first_tile, rows, key_rows, k_BNPI.stride(0),
+        slots, span, scale,
         J=index_heads, H=heads, WIDTH=width, BI=padded(width),
         C=c, R=r, WINDOW=window, SINKS=sinks, RATIO=ratio,
         PARTS=parts, SINGLE=single, CP=block, SIGMOID=sigmoid, WIDE=wide,

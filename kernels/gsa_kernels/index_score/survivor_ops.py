@@ -14,7 +14,8 @@ def _running_pool(
     """[B, S, I] keys pooled up to each position, as pooled.running_pool; no gradient.
 
     pooling "bound": [B, S, 2 I], the largest and then the smallest value of each channel.
-    dtype: of the result; None: that of k. k [B, S, I], docs [B, S] integers; contiguous.
+    dtype: of the result; None: that of k. k [B, S, I], docs [B, S] integers; contiguous, but k
+    along the batch.
     """
     from . import survivor_launch
 
@@ -51,7 +52,7 @@ def _survivor_scores(
     q, k, weight, bias, docs and single as in ops.block_scores. lists [B, H, rows, P] int32:
     pooling blocks of `ratio` blocks each, ascending, -1 last. sizes: C, R, window, sinks, q_start,
     ratio. Entry n is block n % ratio of pooling block lists[n // ratio], -inf if no candidate. All
-    contiguous, rows and P above 0.
+    contiguous, but k along the batch; rows and P above 0.
     """
     from . import survivor_launch
 

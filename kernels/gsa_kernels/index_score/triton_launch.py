@@ -62,7 +62,8 @@ def _reads_fp8(device: torch.device) -> bool:
 def pool_keys(
     k_BSI: Tensor, docs_BS: Tensor | None, block: int, parts: int, dtype: torch.dtype | None
 ) -> Tensor:
-    """[B, S // block, parts, I] mean keys, the sum of their parts; inputs contiguous."""
+    """[B, S // block, parts, I] mean keys, the sum of their parts; inputs contiguous, but k
+    along the batch."""
     batch, keys, width = k_BSI.shape
     n = keys // block
     dtype = torch.float32 if parts == 1 else dtype or k_BSI.dtype
@@ -73,7 +74,8 @@ def pool_keys(
     each = max(1, 8192 // padded(width) // step)
     k_BSI = readable(k_BSI, dtype)
     pool_kernel[(ceil_div(n, each), batch)](
-        k_BSI, k_BSI if docs_BS is None else docs_BS, out, keys, n,
+        k_BSI, k_BSI if docs_BS is None else docs_BS, out,
+        keys, k_BSI.stride(0), n,
         WIDTH=width, BI=padded(width), C=block, CP=step, BB=each, PARTS=parts,
         HAS_DOCS=docs_BS is not None,
         num_warps=4,
@@ -114,7 +116,7 @@ def block_scores(
         weight_BTJ if docs_BS is None else docs_BS,
         weight_BTJ if running_BSI is None else running_BSI, out,
         queries, n_positions(docs_BS, running_BSI), q_start, first_tile, rows, key_rows,
-        stride, scale,
+        k_BNPI.stride(0), stride, scale,
         J=index_heads, H=heads, WIDTH=width, BI=padded(width),
         C=c, R=r, WINDOW=window, SINKS=sinks,
         PARTS=parts, SINGLE=single, CP=block, RATIO=ratio, EDGE=running_BSI is not None,

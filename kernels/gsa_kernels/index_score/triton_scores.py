@@ -53,10 +53,11 @@ def candidate_range(
 
 @triton.jit(do_not_specialize=["n_blocks"])
 def pool_kernel(
-    k_ptr,  # [B, S, I]
+    k_ptr,  # [B, S, I], `batch_stride` from one of the batch to the next
     docs_ptr,  # [B, S]: first position of each position's document
     out_ptr,  # [B, n_blocks, PARTS, I]: the mean is the sum of its parts
     S,
+    batch_stride,
     n_blocks,
     WIDTH: tl.constexpr,
     BI: tl.constexpr,
@@ -67,6 +68,7 @@ def pool_kernel(
     HAS_DOCS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
+    k_ptr += b * batch_stride
     n = tl.arange(0, BB * CP)
     i = tl.arange(0, BI)
     row = tl.program_id(0) * BB + n // CP  # block of each key that is loaded
@@ -82,7 +84,7 @@ def pool_kernel(
         inside = step + n % CP
         key = row * C + inside
         ok = row_ok & (inside < C) & (key >= low)
-        offset = (b * S + key)[:, None] * WIDTH + i[None, :]
+        offset = key.to(tl.int64)[:, None] * WIDTH + i[None, :]
         k = tl.load(k_ptr + offset, mask=ok[:, None] & (i < WIDTH)[None, :], other=0.0)
         total += tl.sum(tl.reshape(k.to(tl.float32), [BB, CP, BI]), 1)
         count += tl.sum(tl.reshape(ok.to(tl.float32), [BB, CP]), 1)
@@ -200,7 +202,7 @@ def own_scores(
 @triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
 def score_kernel(
     q_ptr,  # [B, T, J, I]
-    k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE
+    k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE; see batch_stride
     weight_ptr,  # [B, T, J]
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
@@ -212,6 +214,7 @@ def score_kernel(
     first_tile,
     rows,
     key_rows,
+    batch_stride,  # of k
     stride,
     scale,
     J: tl.constexpr,
@@ -238,6 +241,7 @@ def score_kernel(
     JH: tl.constexpr = J // H
     GROUP: tl.constexpr = group_of(JH, 1 if PARTS > 1 else 2 if WIDE else 4)
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
+    k_ptr += b.to(tl.int64) * batch_stride
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     row_ok = row < rows
     tile = first_tile + row
@@ -262,7 +266,7 @@ def score_kernel(
         else:
             key = block
             key_ok = key < key_rows
-        k_line = (b.to(tl.int64) * key_rows + key)[:, None] * (PARTS * WIDTH) + i[None, :]
+        k_line = key.to(tl.int64)[:, None] * (PARTS * WIDTH) + i[None, :]
         k_mask = key_ok[:, None] & (i < WIDTH)[None, :]
         k_0 = unpacked(tl.load(k_ptr + k_line, mask=k_mask, other=0.0), q_ptr)
         if PARTS == 3:

@@ -22,10 +22,11 @@ NONE = tl.constexpr(1 << 30)  # above every pooling block
 
 @triton.jit(do_not_specialize=["S"])
 def running_kernel(
-    k_ptr,  # [B, S, I]
+    k_ptr,  # [B, S, I], `batch_stride` from one of the batch to the next
     docs_ptr,  # [B, S]: first position of each position's document
     out_ptr,  # [B, S, FOLDS, I]
     S,
+    batch_stride,
     WIDTH: tl.constexpr,
     BI: tl.constexpr,
     POOL: tl.constexpr,
@@ -36,6 +37,7 @@ def running_kernel(
     """One pooling block, key by key: what a position gets is the same whatever comes after it."""
     i = tl.arange(0, BI)
     b = tl.program_id(1).to(tl.int64)
+    k_ptr += b * batch_stride
     begin = tl.program_id(0) * POOL
     held = tl.zeros([BI], tl.float32)
     low = tl.zeros([BI], tl.float32)
@@ -44,7 +46,7 @@ def running_kernel(
         position = begin + step
         ok = (i < WIDTH) & (position + i * 0 < S)
         at = b * S + position
-        k = tl.load(k_ptr + at * WIDTH + i, mask=ok, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + position.to(tl.int64) * WIDTH + i, mask=ok, other=0.0).to(tl.float32)
         new = position == begin
         if HAS_DOCS:
             doc = tl.load(docs_ptr + b * S + tl.minimum(position, S - 1))
@@ -73,7 +75,8 @@ def entries(list_ptr, place, ok):
 @triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
 def survivor_kernel(
     q_ptr,  # [B, T, J, I]
-    k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE or C is 1
+    k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE or C is 1;
+    # see batch_stride
     weight_ptr,  # [B, T, J]
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
@@ -85,6 +88,7 @@ def survivor_kernel(
     first_tile,
     rows,
     key_rows,
+    batch_stride,  # of k
     P,
     span,  # entries of the last row's list per split
     scale,
@@ -111,6 +115,7 @@ def survivor_kernel(
     CB: tl.constexpr = BN // CP  # columns per step
     JH: tl.constexpr = J // H
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
+    k_ptr += b.to(tl.int64) * batch_stride
     row_0 = tl.program_id(0) * BM
     row = row_0 + tl.arange(0, BM)
     row_ok = row < rows
@@ -169,7 +174,7 @@ def survivor_kernel(
                     key_ok &= key >= owner.to(tl.int32)
             else:
                 key_ok &= key < key_rows
-            k_line = (b.to(tl.int64) * key_rows + key)[:, None] * (PARTS * WIDTH) + i[None, :]
+            k_line = key.to(tl.int64)[:, None] * (PARTS * WIDTH) + i[None, :]
             k_mask = key_ok[:, None] & (i < WIDTH)[None, :]
             x = tl.zeros([BM * JP, BN], tl.float32)
             if PARTS == 3:

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.triton_launch import (
     block_scores,
     ceil_div,
     n_positions,
     padded,
     power_of_2,
+    readable,
 )
 
 from .triton_filter import exact_kernel, filter_kernel, pick_kernel, threshold_kernel
@@ -62,13 +64,15 @@ def filtered_keys(
         )  # fmt: skip
         return bound
 
+    k = readable(k, q.dtype)
     bound = guess()  # the sample's scores are let go before the lists are made
     items = torch.empty(*per_row, places, device=device, dtype=torch.int64)
     count = torch.empty(*per_row, 2, device=device, dtype=torch.int32)
     out = torch.empty(*per_row, width, device=device, dtype=torch.int32)
     common: dict[str, Any] = dict(
         J=index_heads, WIDTH=channels, BI=padded(channels), **range_of, SIGMOID=sigmoid,
-        WIDE=q.dtype != k.dtype or q.dtype == torch.float32, HAS_BIAS=bias is not None,
+        WIDE=q.dtype != product_dtype(q, k) or q.dtype == torch.float32,
+        HAS_BIAS=bias is not None,
         CAP=places,
     )  # fmt: skip
     filter_kernel[(ceil_div(rows, ROWS), 2, lists)](

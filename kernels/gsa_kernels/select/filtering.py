@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.index_score.api import IndexFactors
+from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.selection import SelectionSpec
 
 EVERY = 16  # of so many keys one is a sample, where no row has more samples than SAMPLES
@@ -38,7 +39,7 @@ def plan(
     if spec.key_block > 1 or keys <= longest or not width or tiles * lists < ROWS:
         return None
     dtype = factors.q_BTJI.dtype
-    if dtype != factors.k_BSI.dtype or dtype.itemsize != 2:
+    if dtype != product_dtype(factors.q_BTJI, factors.k_BSI) or dtype.itemsize != 2:
         return None
     if heads // factors.heads * padded(channels) > CHANNELS:
         return None

@@ -51,6 +51,12 @@ def _not_coarse(factors: HierarchicalFactors) -> str:
     return ""
 
 
+def rows_together(k_BSI: Tensor) -> Tensor:
+    """k, whose keys lie one behind the other: a view of a longer cache is not copied."""
+    together = k_BSI.stride()[1:] == (k_BSI.shape[2], 1)
+    return k_BSI if together else k_BSI.contiguous()
+
+
 def scores_in_kernel(factors: BlockScores) -> bool:
     """Whether the kernels know this score; other classes compute their own."""
     return type(factors) in (IndexFactors, HierarchicalFactors)
@@ -155,7 +161,7 @@ class FactorRows(Rows):
         return _Held(view, allowed, buffer=scores)
 
     def _scored_keys(self, single: bool) -> Tensor:
-        k, block = self.factors.k_BSI.contiguous(), self.spec.key_block
+        k, block = rows_together(self.factors.k_BSI), self.spec.key_block
         if single or block == 1:
             return k[:, :, None]
         dtype = product_dtype(self.q, k)
@@ -228,7 +234,7 @@ class CoarseRows(FactorRows):
         single = factors.block_score == "max" and self.spec.key_block > 1
         if self.keys is None or self.running is None:
             self.keys = self._scored_keys(single)
-            k = factors.k_BSI.contiguous()
+            k = rows_together(factors.k_BSI)
             dtype = product_dtype(self.q, k)
             self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling, dtype)
             factors.check_weights()

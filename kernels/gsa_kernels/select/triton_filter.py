@@ -28,9 +28,10 @@ from gsa_kernels.index_score.triton_scores import (
     product,
     ratio,
     scaled,
+    unpacked,
 )
 
-from .triton_select import EMPTY, best, fill, next_top, ordered
+from .triton_select import EMPTY, best, fill, has_nan, next_top, ordered, put
 
 LARGEST = tl.constexpr(0x7F800)  # the key of infinity
 
@@ -46,7 +47,7 @@ def sample_rank(want, STRIDE: tl.constexpr):
 @triton.jit
 def least_score(key):
     """The smallest float32 whose `ordered` key is at least this one; -inf of EMPTY."""
-    order = (key << 12) + tl.where(key < 0, 2048, -2048)
+    order = (key << 12) - 2048
     bits = tl.where(order < 0, order ^ 0x7FFFFFFF, order)
     return tl.where(key <= EMPTY, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -270,7 +271,7 @@ def filter_kernel(
         column_0 = low + (begin + step * (1 - 2 * back)) * BN
         k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
         k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-        k = tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0)
+        k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
         score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
                           WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
         even, odd = tl.split(tl.reshape(score, [BM, WORDS, 16, 2]))
@@ -324,11 +325,11 @@ def pick_kernel(
         ok = (slot < front[:, None]) | (slot >= CAP - rear[:, None])
         item = tl.load(list_ptr + entry[:, None] * CAP + slot, mask=ok, other=0)
         score = (item >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        nan = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-        tl.store(fine_ptr, 0, mask=nan > 0)
-        keep, place, chosen = best(ordered(score, ok), row * 0 + want)
+        score = tl.where(ok, score, float("-inf"))
+        tl.store(fine_ptr, 0, mask=has_nan(score))
+        place, chosen = best(ordered(score, True), row * 0 + want)
         out = out_ptr + entry[:, None] * width
-        tl.store(out + place, item.to(tl.int32), mask=keep)
+        put(out, place, item.to(tl.int32))
         fill(out, chosen, row_ok, width, BW)
 
 
@@ -415,7 +416,7 @@ def exact_kernel(
             for column_0 in range(low, stop, BN):
                 k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
                 k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-                k = tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0)
+                k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
                 score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH,
                                   SIGMOID=SIGMOID, WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
                 column = (column_0 + n)[None, :]

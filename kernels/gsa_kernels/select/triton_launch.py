@@ -9,6 +9,7 @@ from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel
 
 WARP = 1024  # columns of a row per warp: 32 registers of keys
+REGISTERS = 120  # of a thread; Triton takes more of rows of one warp, and fewer fit
 
 
 def top_blocks(
@@ -58,5 +59,6 @@ def top_blocks(
         **common, RANGE=ranged and not listed, LISTED=listed, PARENTS=parents is not None,
         BM=bm, BN=bn, BW=min(256, power_of_2(width)),
         num_warps=min(32, max(1, bn // (WARP // 2 if listed else WARP))),
+        maxnreg=REGISTERS,
     )  # fmt: skip
     return out

@@ -16,19 +16,26 @@ Legend: B batch, H selection heads, C keys per block, R queries per tile, BN col
 import triton
 import triton.language as tl
 
-from gsa_kernels.index_score.triton_scores import candidate_range
+from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
-EMPTY = tl.constexpr(-(1 << 20))  # below the key of every score
+EMPTY = tl.constexpr(-0x7F800)  # the key of -inf
+NUMBER = tl.constexpr(0x4B400000)  # the bits of 2^23 + 2^22
+GUESSES = tl.constexpr(6)  # steps towards a threshold before the interval is halved
 
 
 @triton.jit
 def ordered(score, ok):
     """int32 keys that compare as `comparable` scores do; EMPTY for -inf and where not ok."""
     bits = score.to(tl.int32, bitcast=True)
-    bits = (bits + 2048) & -4096
-    bits = tl.where(bits == -2147483648, 0, bits)  # -0 equals 0
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> 12
-    return tl.where(ok & (bits != -8388608), key, EMPTY)  # the bits of -inf
+    key = (bits + 2048) >> 12
+    sign = key >> 31
+    return tl.where(ok, (key ^ (sign & 0x7FFFF)) - sign, EMPTY)
+
+
+@triton.jit
+def has_nan(score):
+    bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.max(bits, 1), 0) > 0x7F800000
 
 
 @triton.jit
@@ -156,26 +163,120 @@ def shrink_kernel(
 
 
 @triton.jit
+def number(key):
+    """Keys as float32 numbers 1 apart: 2^23 + 2^22 + key."""
+    return (key + NUMBER).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reached(numbers, least):
+    """[BM] int32: how many keys of each row are no smaller than `least`."""
+    # Floating-point units count twice as fast as those that compare.
+    return tl.sum(reaches(numbers, least), 1).to(tl.int32)
+
+
+@triton.jit
+def reaches(numbers, least):
+    """1.0 where a key is no smaller than its row's `least`, else 0.0."""
+    over = numbers - number(least - 1)[:, None]
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "cvt.sat.f32.f32 $0, $1;", "=f,f", [over], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.minimum(tl.maximum(over, 0.0), 1.0)
+
+
+@triton.jit
+def put(row_ptr, place, value):
+    """Store int32 values at places of a row, except where the place is -1."""
+    if ASSEMBLY:  # a store of Triton's would pass through shared memory first
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred here;
+            .reg .b64 address;
+            setp.ge.s32 here, $2, 0;
+            mad.wide.s32 address, $2, 4, $1;
+            @here st.global.b32 [address], $3;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [row_ptr.to(tl.int64), place, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(row_ptr + place, value, mask=place >= 0)
+
+
+@triton.jit
+def lower_end(shifted, top, want, some, GROUP: tl.constexpr):
+    """[BM]: a key that at least `want` (where some) of each row reach, mostly few more: the
+    want-th largest of the largest keys of groups of GROUP, or the least key."""
+    threshold = 0 * top + (EMPTY + 1)
+    lacking = some
+    if GROUP > 1:  # the keys of a group belong to one thread
+        shape: tl.constexpr = [shifted.shape[0], GROUP, shifted.shape[1] // GROUP]
+        numbers = tl.max(tl.reshape(shifted, shape), 1).to(tl.float32, bitcast=True)
+        enough = some & (reached(numbers, threshold) >= want)
+        lacking = some & (enough == 0)
+        top = tl.where(enough, top, threshold)
+        reach = 2048  # of a power of two in value, thinly filled at the top of most rows
+        while tl.max(top - threshold, 0) > 0:
+            middle = tl.maximum((threshold + top + 1) >> 1, top - reach)
+            n = reached(numbers, middle)
+            threshold = tl.where(n >= want, middle, threshold)
+            top = next_top(n, want, middle, top)
+            reach = tl.minimum(4 * reach, 1 << 21)
+    if tl.max(lacking.to(tl.int32), 0) > 0:
+        least = tl.min(tl.where(shifted > EMPTY + NUMBER, shifted, 0x7FFFFFFF), 1)
+        threshold = tl.where(lacking, least - NUMBER, threshold)
+    return threshold
+
+
+@triton.constexpr_function
+def group_size(columns):
+    return max(1, min(8, columns // 128))
+
+
+@triton.jit
 def best(key, want):
-    """The `want` largest keys of each row: (which, the place of each among them, how many)."""
-    want = tl.minimum(want, tl.sum((key > EMPTY).to(tl.int32), 1))
+    """The `want` largest keys of each row: (the place of each among them, or -1; how many)."""
+    shifted = key + NUMBER
+    numbers = shifted.to(tl.float32, bitcast=True)
+    n_low = reached(numbers, 0 * want + (EMPTY + 1))
+    n_high = 0 * want  # how many are larger than `top`
+    want = tl.minimum(want, n_low)
     some = want > 0
-    top = tl.where(some, tl.max(key, 1), 0)
-    least = tl.min(tl.where(key > EMPTY, key, top[:, None]), 1)
-    threshold = tl.where(some, least, 0)
+    top = tl.max(shifted, 1) - NUMBER
+    fewer = some & (want < n_low)
+    threshold = lower_end(shifted, top, want, fewer, group_size(key.shape[1]))
+    n_low = tl.where(fewer, reached(numbers, threshold), n_low)
+    threshold = tl.where(some, threshold, 1 << 20)
+    n_low = tl.where(some, n_low, 0)
+    top = tl.where(n_low == want, threshold, top)
+    step = 0
     while tl.max(top - threshold, 0) > 0:
-        middle = (threshold + top + 1) >> 1
-        n = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        # Where the counts of both ends, joined by a line, pass `want`.
+        share = (n_low - want).to(tl.float32) / tl.maximum(n_low - n_high, 1).to(tl.float32)
+        guess = threshold + ((top + 1 - threshold).to(tl.float32) * share).to(tl.int32)
+        middle = tl.where(step < GUESSES, guess, (threshold + top + 1) >> 1)
+        middle = tl.minimum(tl.maximum(middle, threshold + 1), top)
+        n = reached(numbers, middle)
+        n_low = tl.where(n >= want, n, n_low)
+        n_high = tl.where(n < want, n, n_high)
         threshold = tl.where(n >= want, middle, threshold)
         top = next_top(n, want, middle, top)
-    above = key > threshold[:, None]
-    tie = key == threshold[:, None]
-    room = want - tl.sum(above.to(tl.int32), 1)
-    # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
-    rank = tl.cumsum(above.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
-    ties = tl.minimum(rank & 65535, room[:, None])
-    keep = (above | (tie & ((rank & 65535) <= room[:, None]))) & some[:, None]
-    return keep, (rank >> 16) + ties - 1, want
+        step += 1
+    if tl.max(n_low - want, 0) > 0:  # more ties than places
+        tie = numbers == number(threshold)[:, None]
+        room = want - reached(numbers, threshold + 1)
+        late = tl.cumsum(tie.to(tl.int32), 1) > room[:, None]
+        numbers = tl.where(tie & late, 0.0, numbers)
+    keep = reaches(numbers, threshold).to(tl.int32, bitcast=True) >> 29  # 1.0 to 1
+    return tl.cumsum(keep, 1) * keep - 1, want
 
 
 @triton.jit
@@ -241,10 +342,11 @@ def select_kernel(
         score = tl.load(score_ptr + place, mask=padded, other=0.0)
     else:
         score = tl.load(score_ptr + place, mask=ok, other=0.0)
-    bad = tl.max(tl.max(((score != score) & ok).to(tl.int32), 1), 0)
-    tl.store(fine_ptr, 0, mask=bad > 0)
+    score = tl.where(ok, score, float("-inf"))
+    tl.store(fine_ptr, 0, mask=has_nan(score))
     want = wanted_of(wanted_ptr, entry, row_ok, most, HAS_WANTED)
-    keep, slot, want = best(ordered(score, ok), want)
+    slot, want = best(ordered(score, True), want)
+    keep = slot >= 0
     found = column
     if LISTED:
         found = tl.load(column_ptr + place, mask=keep, other=0)
@@ -253,5 +355,5 @@ def select_kernel(
         parent = tl.load(parents + found // RATIO, mask=keep, other=0)
         found = parent * RATIO + found % RATIO
     out = out_ptr + entry[:, None] * width
-    tl.store(out + slot, found, mask=keep)
+    put(out, slot, found)
     fill(out, want, row_ok, width, BW)
