@@ -27,7 +27,8 @@ CASES += [(shape, "sm_90") for shape in SHAPES if shape != "tile"]
 
 
 COARSE = ["running_kernel", "score_kernel", "select_kernel", "survivor_kernel", "select_kernel"]
-LISTS = ["score_kernel", "threshold_kernel", "filter_kernel", "pick_kernel", "exact_kernel"]
+LISTS = ["score_kernel", "threshold_kernel", "filter_kernel", "pick_kernel"]
+LISTS += ["digit_kernel"] * 5 + ["write_kernel"]
 # targets, C, R, T, J, I, dtype, k, score, docs, coarse scores -> launches of one call
 SELECTIONS = {
     "sm_80,sm_90,sm_100 1 1 4096 4 64 bfloat16 2048 mean mean,256,16": COARSE,
@@ -93,13 +94,14 @@ def test_launches_compile_within_limits(shape, target):
 def test_selections_compile_without_spills_and_launch_little(arguments):
     pytorch, kernels, *rows = lines_of("aot_select.py", *arguments.split())
     assert kernels == SELECTIONS[arguments]
-    # Per choice a flag, and the test that no NaN has cleared it. Several chunks are copied.
+    # Per choice a flag, and the test that no NaN has cleared it, per choice from lists a count of
+    # wrong guesses. Several chunks are copied.
     choices, coarse = kernels.count("select_kernel"), "running_kernel" in kernels
     lists = kernels.count("pick_kernel")
     chunks = choices // (1 + coarse) + lists
     sample = 7 if lists else 0  # which keys, and these keys
     copies = 0 if chunks == 1 else chunks + 1
-    assert len(pytorch) == 2 * (choices + lists) + coarse + sample + copies
+    assert len(pytorch) == 2 * choices + 3 * lists + coarse + sample + copies
     for row in rows:
         # Two words of stack are no spilled tile.
         assert row["shared"] <= min(SHARED.values()) and row["local"] <= 8, row

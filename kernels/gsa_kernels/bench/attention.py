@@ -32,7 +32,8 @@ def layer_record(
 ) -> dict[str, Any]:
     """One record; name: a pass, forward or forward_backward. others: see dense_times.
 
-    score_ms and select_ms are those of the forward: neither has a backward but the KL's.
+    score_ms and select_ms are those of the forward: neither has a backward but the KL's. Where
+    single keys of long rows are chosen as they are scored, select_ms holds both.
     """
     backward, device = name == "forward_backward", case.q.device
     cases = [c.learn() if backward else c for c in case.copies()]

@@ -121,10 +121,12 @@ class Case:
         return select(*args, previous=previous).selection
 
     def score(self) -> None:
-        """Scoring alone, by the implementation that `select` takes."""
+        """Scoring alone, by the implementation that `select` takes. Single keys of long rows are
+        scored where they are chosen (see select.triton_filter), and so not here."""
         spec, f, n = self.spec, self.factors, self.q.shape[1]
         name, _ = choose("auto", f, spec, self.budget)
-        rows = _rows(name, f, spec, n, None, False)
+        width = spec.max_blocks(self.budget, f.k_BSI.shape[1])
+        rows = _rows(name, f, spec, n, None, False, width)
         tile, tiles, first = 0, n_tiles(spec, n, f.q_start), f.q_start // spec.query_tile
         while tile < tiles:
             stop = min(tiles, rows.stop(tile))

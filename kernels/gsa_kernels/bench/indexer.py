@@ -1,9 +1,10 @@
 """Records of scoring, selection and the indexer's objective.
 
-topk_ms is the plain way over the same scores: torch.topk and a sort. A coarse-to-fine indexer is
-measured against the exact choice of the same factors: recall is the share of the exact blocks that
-it found, the cost its time and the keys or blocks it scored for each tile (a bound is a product of
-twice the width and counts as two).
+topk_ms is the plain way over the same scores: torch.topk and a sort. Single keys of long rows are
+chosen as they are scored: select_ms then holds both. A coarse-to-fine indexer is measured against
+the exact choice of the same factors: recall is the share of the exact blocks that it found, the
+cost its time and the keys or blocks it scored for each tile (a bound is a product of twice the
+width and counts as two).
 """
 
 import itertools

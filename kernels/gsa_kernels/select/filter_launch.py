@@ -15,11 +15,13 @@ from gsa_kernels.index_score.triton_launch import (
     readable,
 )
 
-from .triton_filter import exact_kernel, filter_kernel, pick_kernel, threshold_kernel
+from .triton_exact import DIGITS, LONGEST_SPLIT, digit_kernel, write_kernel
+from .triton_filter import filter_kernel, pick_kernel, threshold_kernel
 
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
 SAMPLES_PER_WARP, PLACES_PER_WARP = 1024, 512
-EXACT_KEYS = 32  # fewer registers
+EXACT_ROWS, EXACT_KEYS, EXACT_WARPS = 64, 32, 4  # more keys per step, and registers are spilled
+PROGRAMS, SPLITS = 528, 256  # of exact choices: programs in all, splits of a tile's keys
 
 
 def filtered_keys(
@@ -73,24 +75,33 @@ def filtered_keys(
         J=index_heads, WIDTH=channels, BI=padded(channels), **range_of, SIGMOID=sigmoid,
         WIDE=q.dtype != product_dtype(q, k) or q.dtype == torch.float32,
         HAS_BIAS=bias is not None,
-        CAP=places,
     )  # fmt: skip
     filter_kernel[(ceil_div(rows, ROWS), 2, lists)](
         q, k, weight, weight if bias is None else bias, held, bound, items, count,
         queries, s, q_start, first_tile, rows, k.shape[1], scale,
-        **common, BM=ROWS, BN=KEYS if index_heads <= 4 * heads else 32, STAGES=STAGES,
+        **common, CAP=places, BM=ROWS, BN=KEYS if index_heads <= 4 * heads else 32, STAGES=STAGES,
         num_warps=WARPS,
     )  # fmt: skip
     fill = min(256, power_of_2(width))
+    # pick_kernel names the rows for which the launches after it choose.
+    named = torch.empty(per_row, device=device, dtype=torch.int32)
+    n_named = torch.zeros(batch, heads, device=device, dtype=torch.int32)
+    total = torch.empty(*per_row, DIGITS, 16, device=device, dtype=torch.int32)
     pick_kernel[(rows, lists)](
-        items, count, bound, out, fine, rows, wanted, width,
-        CAP=places, BW=fill,
+        items, count, bound, out, named, n_named, total, fine, rows, wanted, width,
+        CAP=places, TOTALS=DIGITS * 16, BW=fill,
         num_warps=min(32, max(1, places // PLACES_PER_WARP)),
     )  # fmt: skip
-    exact_kernel[(ceil_div(rows, 64), lists)](
-        q, k, weight, weight if bias is None else bias, held, bound, count, out, fine,
-        queries, s, q_start, first_tile, rows, k.shape[1], wanted, width, scale,
-        **common, BM=64, BN=EXACT_KEYS, BW=fill,
-        num_warps=8,
+    programs = max(1, PROGRAMS // lists)
+    n_items = max(programs, ceil_div(rows, EXACT_ROWS) * ceil_div(columns, LONGEST_SPLIT.value))
+    parts = torch.empty(lists, n_items, 17, EXACT_ROWS, device=device, dtype=torch.int32)
+    inputs = (q, k, weight, weight if bias is None else bias, held, named, n_named, total, parts)
+    numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, wanted)
+    common.update(
+        DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS, num_warps=EXACT_WARPS,
+        BN=EXACT_KEYS if index_heads <= 4 * heads else EXACT_KEYS // 2,
     )  # fmt: skip
+    for level in range(DIGITS):
+        digit_kernel[(programs, lists)](*inputs, *numbers, level, scale, **common)
+    write_kernel[(programs, lists)](*inputs, out, fine, *numbers, width, scale, **common, BW=fill)
     return out

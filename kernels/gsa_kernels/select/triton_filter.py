@@ -4,9 +4,8 @@ A threshold is guessed for each row from the scores of every STRIDE-th key (`thr
 the sample as many lie above it as make it all but certain (5.5 standard deviations) that as many
 candidates as wanted do. `filter_kernel` scores all candidates and appends those that reach the
 threshold to the row's list, and `pick_kernel` chooses among those, exactly. Where the guess was
-wrong, too few reached it or more than the list holds, `exact_kernel` scores the row again for each
-step of a bisection; its programs leave at once where all rows are well. So the sample decides how
-long the choice takes and never what it is.
+wrong, too few reached it or more than the list holds, it names the row, for triton_exact.py to
+choose from all its scores. So the sample decides how long the choice takes and never what it is.
 
 A list is filled from both ends, by two programs that walk the keys upwards and downwards, and
 is ascending from one end to the other. Per key the filter only compares and sets a bit: the place
@@ -31,9 +30,7 @@ from gsa_kernels.index_score.triton_scores import (
     unpacked,
 )
 
-from .triton_select import EMPTY, best, fill, has_nan, next_top, ordered, put
-
-LARGEST = tl.constexpr(0x7F800)  # the key of infinity
+from .triton_select import EMPTY, best, fill, has_nan, ordered, put
 
 
 @triton.jit
@@ -307,11 +304,15 @@ def pick_kernel(
     count_ptr,  # [B, H, rows, 2] int32
     bound_ptr,  # [B, H, rows] float32
     out_ptr,  # [B, H, rows, width] int32
+    named_ptr,  # [B, H, rows] int32: rows whose guess was wrong, in no order
+    n_named_ptr,  # [B, H] int32, of 0: how many
+    total_ptr,  # [B, H, rows, TOTALS] int32, set to 0 for every row that is named
     fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
     rows,
     want,
     width,
     CAP: tl.constexpr,
+    TOTALS: tl.constexpr,
     BW: tl.constexpr,
 ):
     row = tl.program_id(0) + tl.arange(0, 1)
@@ -331,126 +332,9 @@ def pick_kernel(
         out = out_ptr + entry[:, None] * width
         put(out, place, item.to(tl.int32))
         fill(out, chosen, row_ok, width, BW)
-
-
-@triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows", "want", "width"])
-def exact_kernel(
-    q_ptr,  # as filter_kernel's
-    k_ptr,
-    weight_ptr,
-    bias_ptr,
-    docs_ptr,
-    bound_ptr,
-    count_ptr,
-    out_ptr,  # [B, H, rows, width] int32
-    fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
-    T,
-    S,
-    q_start,
-    first_tile,
-    rows,
-    key_rows,
-    want,
-    width,
-    scale,
-    J: tl.constexpr,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BI: tl.constexpr,
-    R: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    WIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DOCS: tl.constexpr,
-    CAP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
-    JH: tl.constexpr = J // H
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    row_ok = row < rows
-    entry = tl.program_id(1).to(tl.int64) * rows + row
-    reached = tl.load(count_ptr + entry * 2, mask=row_ok, other=0)
-    reached += tl.load(count_ptr + entry * 2 + 1, mask=row_ok, other=0)
-    bound = tl.load(bound_ptr + entry, mask=row_ok, other=float("-inf"))
-    bad = row_ok & misjudged(reached, bound, want, CAP)
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        b, h = tl.program_id(1) // H, tl.program_id(1) % H
-        tile = first_tile + row
-        first, end = candidate_range(b, tile, docs_ptr, S, bad, 1, R, WINDOW, SINKS, HAS_DOCS)
-        end = tl.where(bad, end, 0)
-        first = tl.where(bad, first, 1 << 30)
-        unit = -1.4426950408889634 if SIGMOID else 1.0
-        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
-        qs, weights, biases = queries(
-            q_ptr, weight_ptr, bias_ptr, q_line, bad, h, unit, JH, WIDTH, BI, HAS_BIAS
-        )
-        n = tl.arange(0, BN)
-        i = tl.arange(0, BI)
-        k_at = n[:, None] * WIDTH + i[None, :]
-        low = tl.min(first, 0) // BN * BN
-        stop = tl.max(end, 0)
-        threshold = tl.full([BM], EMPTY + 1, tl.int32)
-        # What reaches the bound is more than wanted, or less.
-        listed_key = ordered(bound, bound > float("-inf"))
-        threshold = tl.where(reached > CAP, tl.maximum(listed_key, threshold), threshold)
-        top = tl.where(reached > CAP, LARGEST, listed_key - 1)
-        top = tl.where(bad, top, threshold)
-        wanted = tl.zeros([BM], tl.int32)
-        least, most = tl.full([BM], LARGEST, tl.int32), tl.full([BM], EMPTY, tl.int32)
-        # Passes over all keys: one that counts candidates and finds the range of their scores,
-        # those of the bisection, one that counts what lies above the threshold, one that writes.
-        stage = 0
-        room = tl.zeros([BM], tl.int32)
-        nan = tl.zeros([BM], tl.int32)
-        while stage < 4:
-            middle = tl.where(
-                stage == 0, EMPTY + 1, tl.where(stage == 1, (threshold + top + 1) >> 1, threshold)
-            )
-            middle += tl.where(stage == 2, 1, 0)
-            count = tl.zeros([BM], tl.int32)
-            ties = tl.zeros([BM], tl.int32)
-            for column_0 in range(low, stop, BN):
-                k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-                k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-                k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
-                score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH,
-                                  SIGMOID=SIGMOID, WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
-                column = (column_0 + n)[None, :]
-                ok = (column >= first[:, None]) & (column < end[:, None])
-                key = ordered(score, ok)
-                if stage < 3:
-                    count += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-                    if stage == 0:
-                        least = tl.minimum(least, tl.min(tl.where(key > EMPTY, key, LARGEST), 1))
-                        most = tl.maximum(most, tl.max(key, 1))
-                        bad_score = ((score != score) & ok).to(tl.int32)
-                        nan = tl.maximum(nan, tl.max(bad_score, 1))
-                else:
-                    tie = key == middle[:, None]
-                    tied = ties[:, None] + tl.cumsum(tie.to(tl.int32), 1)
-                    keep = (key > middle[:, None]) | (tie & (tied <= room[:, None]))
-                    slot = count[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
-                    out = out_ptr + entry[:, None] * width + slot
-                    # NaN, above all others, may be more than wanted.
-                    found = column + tl.zeros([BM, BN], tl.int32)
-                    tl.store(out, found, mask=keep & (slot < width))
-                    ties += tl.sum(tie.to(tl.int32), 1)
-                    count += tl.sum(keep.to(tl.int32), 1)
-            if stage == 0:
-                tl.store(fine_ptr, 0, mask=tl.max(nan, 0) > 0)
-                wanted = tl.minimum(want, count)
-                some = wanted > 0
-                threshold = tl.where(some, tl.maximum(threshold, least), threshold)
-                top = tl.where(some, tl.minimum(top, most), threshold)
-            if stage == 1:
-                threshold = tl.where(count >= wanted, middle, threshold)
-                top = next_top(count, wanted, middle, top)
-            if stage == 2:
-                room = wanted - count
-            done = tl.max(top - threshold, 0) <= 0
-            stage = tl.where((stage != 1) | done, stage + 1, stage)
-        fill(out_ptr + entry[:, None] * width, wanted, bad, width, BW)
+    else:
+        rank = tl.atomic_add(n_named_ptr + tl.program_id(1), 1, sem="relaxed")
+        slot_named = tl.program_id(1).to(tl.int64) * rows + rank
+        tl.store(named_ptr + slot_named, tl.program_id(0))
+        n = tl.arange(0, 128)
+        tl.store(total_ptr + slot_named * TOTALS + n, n * 0, mask=n < TOTALS)
