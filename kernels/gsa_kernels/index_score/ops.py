@@ -51,7 +51,8 @@ def _block_scores(
     q [B, T, J, I], k [B, N, parts, I] mean keys or (single: a block scores as the best of its
     keys) keys, weight [B, T, J], bias [J], docs [B, S]; contiguous, but k along the batch.
     sizes: C, R, window, sinks, q_start. tiles: the first one and the one after the last (absolute
-    numbers) and the columns wanted; stride is at least that. What is no candidate of its row is -inf or not written.
+    numbers) and the columns wanted; stride is at least that. What is no candidate of its row is
+    -inf or not written.
     running [B, S, I]: a column is a pooling block of `ratio` blocks, scored from its key in k, or,
     where it is the last before the local window, from the running one at its last position.
     """
