@@ -17,12 +17,19 @@ import triton.language as tl
 from gsa_kernels.index_score.triton_scores import candidate_range, unpacked
 
 from .triton_filter import queries, scores_of
-from .triton_select import fill, ordered
+from .triton_select import EMPTY, fill, ordered
 
 DIGITS = 5
-LEAST = tl.constexpr(-(1 << 19))  # no key is lower, but EMPTY
+LEAST = tl.constexpr(-(1 << 19))  # no key is lower
+NONE = tl.constexpr(-(1 << 20))  # below every threshold: that of no candidate
 STEP = tl.constexpr(64)  # a multiple of BN
 LONGEST_SPLIT = tl.constexpr(1 << 15)  # keys, whose counts fit into 16 bits
+
+
+@triton.jit
+def candidate(score, ok):
+    key = ordered(score, ok)
+    return tl.where(key > EMPTY, key, NONE)
 
 
 @triton.jit
@@ -146,7 +153,7 @@ def digit_kernel(
                               WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
             column = (column_0 + n)[None, :]
             in_range = (column >= first[:, None]) & (column < end[:, None])
-            bucket = (ordered(score, in_range) - low[:, None]) >> (4 * (DIGITS - 1 - level))
+            bucket = (candidate(score, in_range) - low[:, None]) >> (4 * (DIGITS - 1 - level))
             word = bucket >> 2
             one = 1 << ((bucket & 3) * 8)
             part = tl.sum(tl.where(word == 0, one, 0), 1)
@@ -274,7 +281,7 @@ def write_kernel(
             column = (column_0 + n)[None, :]
             in_range = (column >= first[:, None]) & (column < end[:, None])
             nan = tl.maximum(nan, tl.max(((score != score) & in_range).to(tl.int32), 1))
-            key = ordered(score, in_range)
+            key = candidate(score, in_range)
             best, tie = key > threshold[:, None], key == threshold[:, None]
             # Both running counts in one scan: above in the upper 16 bits, ties in the lower.
             both = tl.cumsum(best.to(tl.int32) * 65536 + tie.to(tl.int32), 1)
