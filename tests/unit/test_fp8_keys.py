@@ -192,7 +192,10 @@ def test_the_kernel_of_listed_scores_reads_the_bytes(dtype):
         args = (f.k_BSI, f.weight_BTJ, f.bias_J, blocks, None, 1, f.scale, True)
         scores = at_ops.listed_scores(q, *args)
         made.append((scores, *torch.autograd.grad(scores[blocks >= 0].sum(), q)))
-    assert all(torch.equal(a, b) for a, b in zip(*made)) and made[0][1].abs().sum() > 0
+    assert made[0][1].abs().sum() > 0
+    rough = 0 if DEVICE == "cpu" else 2e-3
+    for a, b in zip(*made):  # a GPU may add up what is converted in another order
+        torch.testing.assert_close(a, b, rtol=rough, atol=rough)
 
 
 @kernel

@@ -135,7 +135,7 @@ def forward(
     c, slots = plan.constants["C"], plan.lists.shape[3]
     united = plan.union is not None
     packed = _packed(plan, selection, bias) if plan.single else bias
-    launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united)
+    launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
     sub, parts = max(1, c // launch.keys), ceil_div(plan.rows, launch.rows)
