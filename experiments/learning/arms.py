@@ -9,7 +9,7 @@ INDEXERS = {
     "relu_kl": ["indexer=relu_lightning"],
     "no_rope_kl": ["indexer.rope=false"],
     "pooled_kl": ["indexer=pooled"],
-    "hierarchical_kl": ["indexer=hierarchical", "indexer.pool=64", "indexer.survivors=8"],
+    "hierarchical_kl": ["indexer=hierarchical", "indexer.pool=64"],  # survivors follow k
     "random": ["indexer=random", "objective=none"],
     "strided": ["indexer=strided", "objective=none"],
     "oracle": ["indexer=oracle", "objective=none"],

@@ -111,6 +111,8 @@ def settings(args: argparse.Namespace) -> list[str]:
 
 def indexer_job(arm: str, seed: int, common: list[str], k: int) -> Job:
     chosen = [*common, f"sparsity.k={k}", *INDEXERS[arm]]
+    if arm == "hierarchical_kl":  # twice as many keys survive as are chosen
+        chosen.append(f"indexer.survivors={max(8, 2 * k // 64)}")
     if arm == "dense":  # it chooses nothing
         chosen = [x for x in chosen if not x.startswith(("sparsity", "attention=gsa"))]
     return Job(arm, seed, f"{arm}_{seed}", chosen)

@@ -1,9 +1,10 @@
-"""Tables and plots of benchmark reports: `bench attention` gives table.md and speed.png, `bench
-indexer` indexer.md and indexer.png, in the folder of the first file.
+"""Tables and plots of reports of `bench attention` and `bench indexer`: of NAME.json NAME.md and
+NAME.png, beside it.
 
 python experiments/speed/report.py [file.json ...]
 
-Several files of one kind (other inputs, other heads, same device) are drawn together. Reports of
+Several files of one kind (other inputs, other heads, same device) are drawn together, under the
+name of the first. Reports of
 before score_ms was measured alone hold scoring and selection together in select_ms.
 """
 
@@ -245,16 +246,12 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h200.json"]
-    report, folder = merged(paths), paths[0].parent
-    if any("topk_ms" in row for row in report["records"]):
-        text = table(report, INDEXER_COLUMNS)
-        (folder / "indexer.md").write_text(text)
-        plot_indexer(report, folder / "indexer.png")
-    else:
-        text = table(report, COLUMNS)
-        (folder / "table.md").write_text(text)
-        plot(report, folder / "speed.png")
+    paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h100.json"]
+    report, name = merged(paths), paths[0].with_suffix("")
+    indexer = any("topk_ms" in row for row in report["records"])
+    text = table(report, INDEXER_COLUMNS if indexer else COLUMNS)
+    name.with_suffix(".md").write_text(text)
+    (plot_indexer if indexer else plot)(report, name.with_suffix(".png"))
     print(text)
 
 
