@@ -9,7 +9,7 @@ from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel
 
 WARP = 1024  # columns of a row per warp: 32 registers of keys
-REGISTERS = 120  # of a thread; Triton takes more of rows of one warp, and fewer fit
+REGISTERS = 128  # of a thread; Triton takes more of rows of one warp, and fewer fit
 
 
 def top_blocks(
