@@ -2,7 +2,7 @@
 
 Triton's own launch derives from every argument what the compiled kernel may assume of it (type,
 alignment, divisibility), which takes the host longer than the launch. Here the kernel compiled for
-a key is kept; the key holds all numbers as they are and the types of all tensors.
+a key is kept; the key holds all integers as they are and the types of all else.
 """
 
 from typing import Any
@@ -26,8 +26,10 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     key: list[Any] = [id(kernel), args[0].device]
     addresses = 0
     for x in args:
-        if type(x) is int or type(x) is float:
+        if type(x) is int:
             key.append(x)
+        elif type(x) is float:  # of any value: and 1.0 must not find what was made for 1
+            key.append(float)
         elif isinstance(x, Tensor):
             key.append(x.dtype)
             addresses |= x.data_ptr()

@@ -384,3 +384,13 @@ def test_low_precision_factors_are_scored_in_float32(autocast):
     expected = wide.tile(wide.k_BSI)
     for scores in (got, one_by_one):
         torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["n_queries", "with_keys", "tile_scores"])
+def test_what_a_score_function_leaves_out_is_named(name):
+    class Acme(BlockScores):
+        pass
+
+    arguments = {"n_queries": None, "with_keys": (None,), "tile_scores": (None,) * 4}[name]
+    with pytest.raises(NotImplementedError, match=f"Acme does not define {name}"):
+        getattr(Acme(), name)(*(arguments or ()))

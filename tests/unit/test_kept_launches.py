@@ -94,3 +94,10 @@ def test_nothing_is_kept_off_a_gpu():
     run(other)
     run(other)
     assert other.compiled == 2 and launch._kept == before
+
+
+def test_a_float_of_another_value_shares_a_kernel_and_an_equal_integer_does_not(kernel):
+    for scale in (1.0, 0.25, 1):
+        run(kernel, scale=scale)
+    assert kernel.compiled == 2
+    assert [values[3] for values in kernel.launches] == [1.0, 0.25, 1]

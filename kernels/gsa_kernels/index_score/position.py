@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsa_kernels.selection import TileLayout
 
-from .scores import BlockScores
+from .scores import BlockScores, undefined
 
 _MASK = (1 << 32) - 1
 
@@ -51,7 +51,7 @@ class _PositionScores(BlockScores):
     def at_positions(self, head: Tensor, anchor: Tensor, block: Tensor, block_keys: int) -> Tensor:
         """float32 scores in [0, 1] from broadcast positions; `block` is negative in documents
         before the query's, which are never candidates."""
-        raise NotImplementedError
+        raise undefined(self, "at_positions()")
 
 
 @dataclass(frozen=True)

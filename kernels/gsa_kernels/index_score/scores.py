@@ -32,6 +32,11 @@ class Scored:
     unseen: Callable[[], Tensor] | None = None
 
 
+def undefined(scores: object, name: str) -> NotImplementedError:
+    """For what a score function must define and does not."""
+    return NotImplementedError(f"{type(scores).__name__} does not define {name}")
+
+
 class BlockScores:
     """Base of every score function. A subclass defines `tile_scores`, `with_keys`, `n_queries`.
 
@@ -46,7 +51,7 @@ class BlockScores:
 
     @property
     def n_queries(self) -> int:
-        raise NotImplementedError
+        raise undefined(self, "n_queries")
 
     @property
     def bound(self) -> float:
@@ -55,7 +60,7 @@ class BlockScores:
 
     def with_keys(self, k_BSI: Tensor) -> "BlockScores":
         """The same queries against other keys (those of a cache)."""
-        raise NotImplementedError
+        raise undefined(self, "with_keys()")
 
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
         """Work that all tiles share, done once per call (keys pooled by block)."""
@@ -65,7 +70,7 @@ class BlockScores:
         self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Any
     ) -> Tensor:
         """[B, H, tiles, n_blocks] scores of the first blocks at the anchors of the tiles."""
-        raise NotImplementedError
+        raise undefined(self, "tile_scores()")
 
     def scored(self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Any) -> Scored:
         """What the tiles may choose from: every candidate block, unless overridden."""

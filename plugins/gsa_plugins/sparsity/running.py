@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gsa_platform.contracts import Sequence, Sparsity
+from gsa_platform.contracts import Sequence, Sparsity, undefined
 
 SIGNS = ("decreasing", "increasing")
 FORMS = ("ratio", "logistic")
@@ -63,7 +63,7 @@ class RunningRatioBudget(Sparsity):
 
     def statistic(self, statistics: dict[str, Tensor]) -> Tensor:
         """s >= 0, of queries or of a step's means."""
-        raise NotImplementedError
+        raise undefined(self, "statistic")
 
     def budget(self, seq: Sequence, spec: Any = None) -> Callable[[dict[str, Tensor]], Tensor]:
         return self.rule
