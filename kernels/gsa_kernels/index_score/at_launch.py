@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.launch import run
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 from .fp8 import product_dtype
 from .triton_at import gradient_kernel, scores_kernel
-from .triton_launch import ceil_div, power_of_2, readable
+from .triton_launch import readable
 
 PROGRAMS = 1024  # of the backward, where rows are few and their lists long
 

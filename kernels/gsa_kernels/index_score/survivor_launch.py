@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
+
 from .fp8 import product_dtype
-from .triton_launch import ceil_div, n_positions, padded, power_of_2, readable
+from .triton_launch import n_positions, readable
 from .triton_survivors import running_kernel, survivor_kernel
 
 PROGRAMS = 512  # fewer than that split their lists

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
+
 from .fp8 import FP8, product_dtype
 from .ops import ALIGNED
 from .triton_scores import pool_kernel, score_kernel
@@ -31,22 +33,9 @@ def _shape(rows: int, width: int, block: int, wide: bool) -> _Shape:
     return _Shape(64, keys, 4 if keys == 64 else 8)
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The next one. As ceil_div, in place of Triton's, which cost microseconds a call."""
-    return 1 << (n - 1).bit_length()
-
-
 def n_positions(*tensors: Tensor | None) -> int:
     """S of the tensors [B, S, ...] that there are; 0 if there is none."""
     return next((x.shape[1] for x in tensors if x is not None), 0)
-
-
-def padded(width: int) -> int:
-    return max(16, power_of_2(width))
 
 
 def readable(k: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 from gsa_kernels.launch import run
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 from .triton_kl import candidate_kernel, kl_kernel
 from .triton_mass import block_mass_kernel, lse_kernel, merge_kernel

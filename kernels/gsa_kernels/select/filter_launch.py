@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.index_score.fp8 import product_dtype
-from gsa_kernels.index_score.triton_launch import (
-    block_scores,
-    ceil_div,
-    n_positions,
-    padded,
-    power_of_2,
-    readable,
-)
+from gsa_kernels.index_score.triton_launch import block_scores, n_positions, readable
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from .triton_exact import DIGITS, LONGEST_SPLIT, digit_kernel, write_kernel
 from .triton_filter import filter_kernel, pick_kernel, threshold_kernel

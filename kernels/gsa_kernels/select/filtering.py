@@ -9,6 +9,7 @@ from torch import Tensor
 from gsa_kernels.index_score.api import IndexFactors
 from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.selection import SelectionSpec
+from gsa_kernels.sizes import padded
 
 EVERY = 16  # of so many keys one is a sample, where no row has more samples than SAMPLES
 SAMPLES = 32768
@@ -17,10 +18,6 @@ MOST = 16384
 HELD = 1 << 28  # bytes of lists, or of the sample's scores, at a time
 ROWS = 1024  # with fewer the kernels do not fill a GPU
 CHANNELS = 512  # of all heads' queries of a row: they stay in shared memory
-
-
-def padded(channels: int) -> int:
-    return 1 << max(4, (channels - 1).bit_length())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 from .kernels import LONGEST
 from .triton_select import select_kernel, shrink_kernel

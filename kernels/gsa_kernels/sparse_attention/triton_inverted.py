@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 from .triton_tiles import sink_blocks
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gsa_kernels.index_score.triton_launch import ceil_div, power_of_2
 from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 from . import triton_config as config
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
