@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,34 @@ def launch(
 
 
 def resolve_devices(cfg: DictConfig) -> int:
-    """Number of worker processes per node; "auto" and -1 are all GPUs, or one CPU process."""
-    asked = cfg.trainer.devices
-    if asked in ("auto", -1, "-1"):
-        if cfg.trainer.get("accelerator", "auto") == "cpu":
-            return 1
-        from gsa_platform.hardware import detect
+    """Number of worker processes per node; "auto" and -1 are all GPUs, or one CPU process.
 
-        found = detect()
-        return max(1, found.count) if found.kind == "cuda" else 1
+    Raises UserError for what is no number, and for GPUs that are not there.
+    """
+    asked, kind = cfg.trainer.devices, str(cfg.trainer.get("accelerator", "auto"))
+    everything = asked in ("auto", -1, "-1")
+    if kind == "cpu" and everything:
+        return 1
+    from gsa_platform.hardware import detect
+
+    found = detect()
+    gpus = found.count if found.kind == "cuda" else 0
+    # On a Mac "gpu" is Metal, which detect() does not know.
+    if not gpus and (kind == "cuda" or (kind == "gpu" and sys.platform != "darwin")):
+        raise UserError(
+            f"trainer.accelerator={kind}: there is no GPU here."
+            " Type trainer.accelerator=auto or trainer.accelerator=cpu."
+        )
+    if everything:
+        return max(1, gpus)
     try:
         count = int(asked)
     except (TypeError, ValueError):
         count = 0
     if count < 1:
         raise UserError(f"trainer.devices={asked}: choose a positive number, -1 or auto")
+    if gpus and kind != "cpu" and count > gpus:
+        raise UserError(f"trainer.devices={asked}: this machine has {gpus}, so 1 to {gpus}")
     return count
 
 

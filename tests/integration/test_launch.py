@@ -403,3 +403,30 @@ def test_impossible_devices_name_the_choices(cfg: DictConfig, asked: Any) -> Non
         resolve_devices(cfg)
     cfg.trainer.devices = "auto"
     assert resolve_devices(cfg) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices", "message"),
+    [
+        (0, "cuda", 1, "no GPU here"),
+        (0, "cuda", "auto", "no GPU here"),
+        (2, "auto", 3, "this machine has 2, so 1 to 2"),
+        (2, "cuda", 3, "this machine has 2, so 1 to 2"),
+        (2, "cpu", 3, None),
+        (0, "auto", 2, None),
+        (2, "auto", 2, None),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused_before_a_run(
+    cfg: DictConfig, monkeypatch: Any, gpus: int, accelerator: str, devices: Any, message: Any
+) -> None:
+    from gsa_platform import hardware
+
+    machine = hardware.Hardware("cuda" if gpus else "cpu", "stub", max(1, gpus), 80.0, 2, 24.0)
+    monkeypatch.setattr(hardware, "detect", lambda: machine)
+    cfg.trainer.accelerator, cfg.trainer.devices = accelerator, devices
+    if message is None:
+        assert resolve_devices(cfg) == devices
+    else:
+        with pytest.raises(UserError, match=message):
+            resolve_devices(cfg)
