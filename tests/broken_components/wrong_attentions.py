@@ -180,10 +180,10 @@ class KeepsStateToItself(Plain):
 
 class ReadsUnwrittenMemory(Plain):
     def attend(self, q, k, v, seq):
-        scratch = torch.empty((), dtype=q.dtype, device=q.device)
-        out = super().attend(q, k, v, seq)
-        # Only NaN shows, so that the other checks do not depend on what the memory holds.
-        return torch.where(scratch == scratch, out, scratch)
+        # 64 MiB: malloc hands out so much only as fresh pages, which hold zeros. A small buffer may
+        # hold NaN left by an earlier check, and then checks fail that are not meant to.
+        scratch = torch.empty(1 << 24, dtype=torch.float32, device=q.device)[-1].to(q.dtype)
+        return super().attend(q, k, v, seq) + scratch
 
 
 class DiffersWhenCompiled(Plain):
