@@ -25,7 +25,8 @@ def filtered_keys(
     weight: Tensor,
     bias: Tensor | None,
     docs: Tensor | None,
-    wanted: int,
+    wanted: Tensor | None,
+    most: int,
     width: int,
     sizes: list[int],
     tiles: list[int],
@@ -42,6 +43,7 @@ def filtered_keys(
     batch, queries, index_heads, channels = q.shape
     rows, lists, device = stop - first_tile, batch * heads, q.device
     held = weight if docs is None else docs
+    each = weight if wanted is None else wanted
     s = n_positions(docs)
     range_of = dict(H=heads, R=r, WINDOW=window, SINKS=sinks, HAS_DOCS=docs is not None)
     per_row = (batch, heads, rows)
@@ -54,8 +56,8 @@ def filtered_keys(
         )  # fmt: skip
         bn = max(128, power_of_2(columns // stride))
         threshold_kernel[(rows, lists)](
-            scores, held, bound, s, first_tile, rows, scores.shape[-1], wanted,
-            **range_of, STRIDE=stride, CAP=places, BN=bn,
+            scores, held, each, bound, s, first_tile, rows, scores.shape[-1], most,
+            **range_of, STRIDE=stride, CAP=places, HAS_WANTED=wanted is not None, BN=bn,
             num_warps=min(32, max(1, bn // SAMPLES_PER_WARP)),
         )  # fmt: skip
         return bound
@@ -82,17 +84,18 @@ def filtered_keys(
     n_named = torch.zeros(batch, heads, device=device, dtype=torch.int32)
     total = torch.empty(*per_row, DIGITS, 16, device=device, dtype=torch.int32)
     pick_kernel[(rows, lists)](
-        items, count, bound, out, named, n_named, total, fine, rows, wanted, width,
-        CAP=places, TOTALS=DIGITS * 16, BW=fill,
+        items, count, bound, each, out, named, n_named, total, fine, rows, most, width,
+        CAP=places, TOTALS=DIGITS * 16, HAS_WANTED=wanted is not None, BW=fill,
         num_warps=min(32, max(1, places // PLACES_PER_WARP)),
     )  # fmt: skip
     programs = max(1, PROGRAMS // lists)
     n_items = max(programs, ceil_div(rows, EXACT_ROWS) * ceil_div(columns, LONGEST_SPLIT.value))
     parts = torch.empty(lists, n_items, 17, EXACT_ROWS, device=device, dtype=torch.int32)
-    inputs = (q, k, weight, weight if bias is None else bias, held, named, n_named, total, parts)
-    numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, wanted)
+    inputs = (q, k, weight, weight if bias is None else bias, held, each)
+    inputs = (*inputs, named, n_named, total, parts)
+    numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, most)
     common.update(
-        DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS, num_warps=EXACT_WARPS,
+        HAS_WANTED=wanted is not None, DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS, num_warps=EXACT_WARPS,
         BN=EXACT_KEYS if index_heads <= 4 * heads else EXACT_KEYS // 2,
     )  # fmt: skip
     for level in range(DIGITS):
