@@ -66,7 +66,7 @@ def main() -> None:
 
     def call() -> None:
         width = spec.max_blocks(keys, t)
-        rows = api._rows("triton", factors, spec, t, docs, names, False, width)
+        rows = api._rows("triton", factors, spec, t, docs, names, width=width)
         with Launching() as seen:
             chunked.run(rows, factors, spec, budget, keys, t, docs, None, names)
         print(json.dumps(seen.names))

@@ -91,14 +91,17 @@ def filtered_keys(
     programs = max(1, PROGRAMS // lists)
     n_items = max(programs, ceil_div(rows, EXACT_ROWS) * ceil_div(columns, LONGEST_SPLIT.value))
     parts = torch.empty(lists, n_items, 17, EXACT_ROWS, device=device, dtype=torch.int32)
-    inputs = (q, k, weight, weight if bias is None else bias, held, each)
-    inputs = (*inputs, named, n_named, total, parts)
+    inputs = (q, k, weight, weight if bias is None else bias, held)
+    rows_of = (each, named, n_named, total, parts)
     numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, most)
     common.update(
-        HAS_WANTED=wanted is not None, DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS, num_warps=EXACT_WARPS,
+        HAS_WANTED=wanted is not None, DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS,
+        num_warps=EXACT_WARPS,
         BN=EXACT_KEYS if index_heads <= 4 * heads else EXACT_KEYS // 2,
     )  # fmt: skip
     for level in range(DIGITS):
-        digit_kernel[(programs, lists)](*inputs, *numbers, level, scale, **common)
-    write_kernel[(programs, lists)](*inputs, out, fine, *numbers, width, scale, **common, BW=fill)
+        digit_kernel[(programs, lists)](*inputs, *rows_of, *numbers, level, scale, **common)
+    write_kernel[(programs, lists)](
+        *inputs, *rows_of, out, fine, *numbers, width, scale, **common, BW=fill
+    )
     return out

@@ -82,9 +82,9 @@ def _filtered_keys(
     q [B, T, J, I], k [B, S, I], weight [B, T, J], bias [J], docs [B, S]. wanted [B, H, rows]
     int32 or None; never more than `most`, nor width. sample [B, S // stride, 1, I]: of every
     `stride` keys one, by whose scores the choice is short; it is the same for any sample.
-    sizes: R, window, sinks, q_start. tiles: the first one, the one after the last, and the columns that the last can reach.
-    places: scores held per row, more than are wanted (see filtering.Plan). Raises ValueError on
-    NaN (a CUDA device asserts instead).
+    sizes: R, window, sinks, q_start. tiles: the first one, the one after the last, and the
+    columns that the last can reach. places: scores held per row, more than are wanted (see
+    filtering.Plan). Raises ValueError on NaN (a CUDA device asserts instead).
     """
     from . import filter_launch
 

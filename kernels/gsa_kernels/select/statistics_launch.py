@@ -9,9 +9,10 @@ from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.triton_launch import n_positions, readable
 from gsa_kernels.sizes import ceil_div, padded
 
-from .triton_statistics import SEGMENT, merge_kernel, part_kernel
+from .triton_statistics import merge_kernel, part_kernel
 
 # The order of a row's sums: the same for one row as for all rows of a sequence.
+SEGMENT = 1024  # keys of a program
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
 MERGED = 128  # rows of a program
 
@@ -34,13 +35,13 @@ def key_statistics(
     first_tile, stop, columns = tiles
     batch, queries, index_heads, channels = q.shape
     rows, lists = stop - first_tile, batch * heads
-    segments, fields = ceil_div(columns, SEGMENT.value), 7 if entropy else 4
+    segments, fields = ceil_div(columns, SEGMENT), 7 if entropy else 4
     parts = torch.empty(lists, segments, fields, rows, device=q.device)
     out = torch.empty(4 + entropy, batch, heads, rows, device=q.device)
     held, s = weight if docs is None else docs, n_positions(docs)
     common: dict[str, Any] = dict(
         H=heads, R=r, WINDOW=window, SINKS=sinks, HAS_DOCS=docs is not None, ENTROPY=entropy,
-        FIELDS=fields, num_warps=WARPS,
+        FIELDS=fields, SEGMENT=SEGMENT, num_warps=WARPS,
     )  # fmt: skip
     k = readable(k, q.dtype)
     part_kernel[(ceil_div(rows, ROWS), segments, lists)](

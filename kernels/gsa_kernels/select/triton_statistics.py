@@ -2,12 +2,12 @@
 
 `part_kernel` scores the keys of one SEGMENT for some rows and keeps sums of distances from a
 number near the row's scores, so that nothing cancels in float32; `merge_kernel` joins a row's
-segments in float64. The number is the mean of the row's first BN candidates or fewer in the
-segment. Segments and steps start at multiples of their lengths: a row's sums, in every bit, follow
-from its own candidates, however many rows or keys the call has.
+segments in float64. The number is the mean of the candidates in the first step that has some.
+Segments and steps start at multiples of their lengths: a row's sums, in every bit, follow from its
+own candidates, however many rows or keys the call has.
 
-With r the ratio of a score (0 if negative) to a number c, g = r log r - r + 1, m the row's mean
-and m_s, n_s those of a segment's n candidates,
+With r the ratio of a score (TINY if that is more) to a number c, g = r log r - r + 1, m the row's
+mean and m_s, n_s those of a segment's candidates, of n in all,
     n (log n - H) = sum over segments of (c / m) sum g + n_s (1 - c / m + (m_s / m) log(c / m)).
 
 Legend: B batch, H selection heads, J index heads, R queries per tile, BM rows and BN keys per
@@ -21,8 +21,7 @@ from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range, unp
 
 from .triton_filter import queries, scores_of
 
-SEGMENT = tl.constexpr(1024)  # keys
-LEAST = tl.constexpr(2.0**-60)  # what ratios are taken to is no smaller
+TINY = tl.constexpr(2.0**-100)  # scores, where their ratios count, are no smaller
 NEAR = tl.constexpr(0.25)  # r log r - r + 1 cancels where r is nearer to 1
 
 
@@ -38,14 +37,13 @@ def log_2(x):
 @triton.jit
 def entropy_term(x, r):
     """r log r - r + 1 of r = 1 + x."""
-    series = 1 / 56 - x * (1 / 72)
-    series = 1 / 42 - x * series
+    series = 1 / 42 - x * (1 / 56)
     series = 1 / 30 - x * series
     series = 1 / 20 - x * series
     series = 1 / 12 - x * series
     series = 1 / 6 - x * series
     series = 0.5 - x * series
-    far = r * (log_2(tl.maximum(r, 1e-37)) * 0.6931471805599453) - x
+    far = r * (log_2(r) * 0.6931471805599453) - x
     return tl.where(tl.abs(x) < NEAR, x * x * series, far)
 
 
@@ -59,8 +57,8 @@ def part_kernel(
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
     part_ptr,  # [B, H, segments, FIELDS, rows] float32: a number c near the scores, sums of
-    # score - c and its square, the largest score; where ENTROPY of scores that are 0 where
-    # negative a number c > 0, sums of score - c and of r log r - r + 1
+    # score - c and its square, the largest score; where ENTROPY, of scores of at least TINY,
+    # such a c and sums of score - c and of r log r - r + 1
     T,
     S,
     q_start,
@@ -83,6 +81,7 @@ def part_kernel(
     HAS_DOCS: tl.constexpr,
     ENTROPY: tl.constexpr,
     FIELDS: tl.constexpr,
+    SEGMENT: tl.constexpr,  # keys, a multiple of BN
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -98,8 +97,10 @@ def part_kernel(
     end = tl.where(row_ok, tl.minimum(end, low + SEGMENT), 0)
     some = first < end
     begin = tl.min(tl.where(some, first, low + SEGMENT), 0) // BN * BN
-    late = tl.max(tl.where(some, first, 0), 0)
     stop = tl.max(tl.where(some, end, 0), 0)
+    # Between these all keys are candidates of all rows.
+    begun = tl.max(tl.where(some, first, 0), 0)
+    ended = tl.min(tl.where(some, end, low + SEGMENT), 0)
     if begin < stop:
         unit = -1.4426950408889634 if SIGMOID else 1.0
         q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
@@ -114,36 +115,43 @@ def part_kernel(
         total = tl.zeros([BM], tl.float32)
         square = tl.zeros([BM], tl.float32)
         largest = tl.full([BM], float("-inf"), tl.float32)
-        base = tl.full([BM], LEAST, tl.float32)
+        base = tl.full([BM], TINY, tl.float32)
         excess = tl.zeros([BM], tl.float32)
         terms = tl.zeros([BM], tl.float32)
         for column_0 in tl.range(begin, stop, BN, num_stages=STAGES):
             k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-            k_line = column_0.to(tl.int64) * WIDTH
+            k_line = tl.cast(column_0, tl.int64) * WIDTH
             k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
             score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
                               WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
-            column = (column_0 + n)[None, :]
-            there = (column >= first[:, None]) & (column < end[:, None])
-            if column_0 <= late:
+            above = score
+            if ENTROPY:
+                above = tl.maximum(score, TINY)
+            if (column_0 <= begun) | (column_0 + BN > ended):
+                column = (column_0 + n)[None, :]
+                there = (column >= first[:, None]) & (column < end[:, None])
                 here = tl.minimum(end, column_0 + BN) - tl.maximum(first, column_0)
                 share = 1.0 / tl.maximum(here, 1).to(tl.float32)
-                starts = (first >= column_0) & (first < column_0 + BN)
+                starts = some & (first >= column_0) & (first < column_0 + BN)
                 mean = tl.sum(tl.where(there, score, 0.0), 1) * share
+                # Rounded up it would pass for the largest below.
+                mean = tl.minimum(mean, tl.max(tl.where(there, score, float("-inf")), 1))
                 near = tl.where(starts, mean, near)
+                score = tl.where(there, score, near[:, None])
                 if ENTROPY:
-                    mean = tl.sum(tl.where(there, tl.maximum(score, 0.0), 0.0), 1) * share
-                    base = tl.where(starts, tl.maximum(mean, LEAST), base)
-            largest = tl.maximum(largest, tl.max(tl.where(there, score, float("-inf")), 1))
-            off = tl.where(there, score - near[:, None], 0.0)
+                    mean = tl.sum(tl.where(there, above, 0.0), 1) * share
+                    base = tl.where(starts, mean, base)
+                    above = tl.where(there, above, base[:, None])
+            highest = tl.maximum(largest, tl.max(score, 1))
+            largest = tl.where(first < column_0 + BN, highest, largest)
+            off = score - near[:, None]
             total += tl.sum(off, 1)
             square += tl.sum(off * off, 1)
             if ENTROPY:
-                score = tl.maximum(score, 0.0)
-                off = tl.where(there, score - base[:, None], 0.0)
+                off = above - base[:, None]
                 excess += tl.sum(off, 1)
                 inverse = (1.0 / base)[:, None]
-                terms += tl.sum(entropy_term(off * inverse, score * inverse), 1)
+                terms += tl.sum(entropy_term(off * inverse, above * inverse), 1)
         line = tl.program_id(2).to(tl.int64) * segments + tl.program_id(1)
         part = part_ptr + line * (FIELDS * rows) + row
         tl.store(part, near, mask=some)
@@ -157,11 +165,13 @@ def part_kernel(
 
 
 @triton.jit
-def segment_of(part_ptr, first, end, segment, FIELDS: tl.constexpr, rows):
+def segment_of(
+    part_ptr, first, end, segment, rows, FIELDS: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
     """(pointers to a segment's numbers, how many candidates it holds) of rows."""
     low = segment * SEGMENT
     n = tl.minimum(end, low + SEGMENT) - tl.maximum(first, low)
-    return part_ptr + segment.to(tl.int64) * (FIELDS * rows), tl.maximum(n, 0)
+    return part_ptr + tl.cast(segment, tl.int64) * (FIELDS * rows), tl.maximum(n, 0)
 
 
 @triton.jit(do_not_specialize=["first_tile", "rows", "segments"])
@@ -180,6 +190,7 @@ def merge_kernel(
     HAS_DOCS: tl.constexpr,
     ENTROPY: tl.constexpr,
     FIELDS: tl.constexpr,
+    SEGMENT: tl.constexpr,  # keys, a multiple of BN
     BM: tl.constexpr,
 ):
     list_ = tl.program_id(1).to(tl.int64)
@@ -199,7 +210,7 @@ def merge_kernel(
     positive = tl.zeros([BM], tl.float64)
     largest = tl.full([BM], float("-inf"), tl.float32)
     for segment in range(low, stop):
-        part, n = segment_of(part_ptr, first, end, segment, FIELDS, rows)
+        part, n = segment_of(part_ptr, first, end, segment, rows, FIELDS, SEGMENT)
         there = n > 0
         near = tl.load(part, mask=there, other=0.0).to(tl.float64)
         total += n * near + tl.load(part + rows, mask=there, other=0.0)
@@ -210,12 +221,11 @@ def merge_kernel(
             positive += n * base + tl.load(part + 5 * rows, mask=there, other=0.0)
     mean = total / number
     mass = positive / number
-    known = mass.to(tl.float32) > 0
-    mass = tl.where(known, mass, 1.0)
+    mass = tl.where(count > 0, mass, 1.0)
     square = tl.zeros([BM], tl.float64)
     gap = tl.zeros([BM], tl.float64)
     for segment in range(low, stop):
-        part, n = segment_of(part_ptr, first, end, segment, FIELDS, rows)
+        part, n = segment_of(part_ptr, first, end, segment, rows, FIELDS, SEGMENT)
         there = n > 0
         away = tl.load(part, mask=there, other=0.0).to(tl.float64) - mean
         sums = tl.load(part + rows, mask=there, other=0.0).to(tl.float64)
@@ -235,5 +245,5 @@ def merge_kernel(
     tl.store(out + 2 * size, variance.to(tl.float32), mask=row_ok)
     tl.store(out + 3 * size, tl.where(count > 0, largest, 0.0), mask=row_ok)
     if ENTROPY:
-        entropy = tl.where(known, -tl.maximum(gap, 0.0) / number, 0.0)
+        entropy = -tl.maximum(gap, 0.0) / number
         tl.store(out + 4 * size, entropy.to(tl.float32), mask=row_ok)
