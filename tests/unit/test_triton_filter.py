@@ -275,6 +275,22 @@ def test_budgets_of_short_rows_before_long_ones_and_of_few_rows(short_lists, mon
         )
 
 
+def test_budgets_go_on_inside_a_tile(short_lists):
+    factors = replace(low(whole_numbers(100), torch.float16), activation="sigmoid", scale=0.1)
+    spec, names = SelectionSpec(1, 4, window=7), ("variance", "entropy")
+    short_lists()
+    whole = adaptive(factors, None, spec, by_spread)
+    tail = None
+    for start, stop in [(0, 58), (58, 75), (75, 100)]:
+        rows = factors.rows(torch.arange(start, stop, device=DEVICE))
+        piece = replace(rows, q_start=start, k_BSI=factors.k_BSI[:, :stop])
+        given = (by_spread, 30, stop - start, None, tail, names)
+        got = select(piece, spec, *given, impl="triton").selection
+        expected = whole.selection.rows(start, stop).blocks_BHQN[..., : got.blocks_BHQN.shape[-1]]
+        assert torch.equal(got.blocks_BHQN, expected)
+        tail = got.tail()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on a GPU ends the process")
 def test_nan_is_refused_whatever_the_budget(short_lists):
     short_lists()
