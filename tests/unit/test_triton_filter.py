@@ -222,7 +222,7 @@ def adaptive(factors, docs, spec, rule, k=30):
     "spec, rows, places, rule",
     [
         (SPEC, 1000, 128, by_row),
-        (SPEC, 5, 32, by_spread),
+        (SPEC, 12, 32, by_spread),
         (SelectionSpec(1, 4, window=7), 2, 128, by_spread),
     ],
     ids=["token", "chunks", "tile"],
@@ -377,9 +377,10 @@ def test_plans():
     assert of(131072, 12000) is None
 
 
-def test_operator_is_registered_truthfully():
-    from gsa_kernels.select import filtering, ops
+def test_operator_is_registered_truthfully(monkeypatch):
+    from gsa_kernels.select import filter_launch, filtering, ops
 
+    monkeypatch.setattr(filter_launch, "PROGRAMS", 3)
     factors, docs = late(), docs_of(KEYS, True)
     sample = filtering.sample_of(factors.k_BSI, 4)
     args = (factors.q_BTJI, factors.k_BSI, sample, factors.weight_BTJ, factors.bias_J, docs)
