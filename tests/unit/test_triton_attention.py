@@ -213,6 +213,37 @@ def test_unions_in_little_scratch(monkeypatch, owned_keys):
     check(selection, (torch.zeros_like(q), k, v, bias))  # every logit equal but for the bias
 
 
+@owned
+@pytest.mark.parametrize("granularity", [(1, 1), (16, 1)], ids=granularity_id)
+def test_unions_of_some_groups_at_a_time(granularity, owned, monkeypatch, owned_keys):
+    from gsa_kernels.sparse_attention import triton_union
+
+    if granularity[0] > 1 and owned:
+        pytest.skip("only single keys can be owned")
+    owned_keys(owned)
+    whole = make_selection(340, granularity, window=20, sinks=3, budget=60, documents=True)
+    part = type(whole)(whole.spec, whole.blocks_BHQN[:, :, 37:], 303, 340, 37, whole.doc_start_BS)
+    monkeypatch.setattr(triton_union, "_SCRATCH", 1)
+    assert triton_union.parts(part, 0) == [(0, 16), (16, 4)]
+    q, k, v, bias = inputs(whole, 2, 1)
+    check(part, (q[:, 37:], k, v, bias[:, :, 37:]))
+
+
+def test_unions_of_long_lists_take_bounded_memory():
+    from gsa_kernels.selection import Selection, SelectionSpec
+    from gsa_kernels.sparse_attention import triton_union
+
+    length = 131072
+    spec = SelectionSpec(1, 1, window=128, sinks=64)
+    blocks = torch.empty(1, 1, length, 1856, dtype=torch.int32, device="meta")
+    found = triton_union.parts(Selection(spec, blocks, length, length), 0)
+    assert sum(size for _, size in found) == length // 16
+    assert [first for first, _ in found] == [found[0][1] * i for i in range(len(found))]
+    union, bits = 2 * 4 * 16 * (1856 + 64), 2 * length
+    assert max(size for _, size in found) * (union + bits) < 3 << 27
+    assert all(size % 16 == 0 for _, size in found)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [16, 24, 64, 128])
 @pytest.mark.parametrize("granularity", [(16, 16), (64, 64), (2, 32)], ids=granularity_id)
