@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.triton_launch import n_positions, readable
+from gsa_kernels.launch import run
 from gsa_kernels.sizes import ceil_div, padded
 
 from .triton_statistics import merge_kernel, part_kernel
@@ -44,7 +45,8 @@ def key_statistics(
         FIELDS=fields, SEGMENT=SEGMENT, num_warps=WARPS,
     )  # fmt: skip
     k = readable(k, q.dtype)
-    part_kernel[(ceil_div(rows, ROWS), segments, lists)](
+    run(
+        part_kernel, (ceil_div(rows, ROWS), segments, lists),
         q, k, weight, weight if bias is None else bias, held, parts,
         queries, s, q_start, first_tile, rows, k.shape[1], k.stride(0), segments, scale,
         J=index_heads, WIDTH=channels, BI=padded(channels), SIGMOID=sigmoid,
@@ -53,7 +55,9 @@ def key_statistics(
         STAGES=STAGES,
         **common,
     )  # fmt: skip
-    merge_kernel[(ceil_div(rows, MERGED), lists)](
-        parts, held, out, s, first_tile, rows, segments, **common, BM=MERGED
-    )
+    run(
+        merge_kernel, (ceil_div(rows, MERGED), lists),
+        parts, held, out, s, first_tile, rows, segments,
+        **common, BM=MERGED,
+    )  # fmt: skip
     return out
