@@ -8,30 +8,31 @@ length. Times are of the attention alone, the selection is given: `whole`, then 
 near keys, gathering, merging) one by one; `passes` is gathering and merging as `whole` makes them,
 `graph` a CUDA graph of that. A line is one Tuning; query_gathering_kernels.py has the design.
 
-Predicted for T = 131072, H = 16, K = 4, E = 128, C = 64, k = 2048, so 29 blocks chosen by each of
-3.8 M (query, choice) pairs, 60.8 M rows of (query, head, block); counted on smooth inputs:
+Predicted for T = 131072, H = 16, K = 4, E = 128, C = 64, k = 2048, so 29 blocks chosen by each
+query: 3.8 M choices, 60.8 M rows of (query, head, block). Counts are those of smooth inputs.
 
-- Union tiles: 17.6 ms for 104 block visits a group of 16 and key-value head, of which 99 are
-  chosen: 122 GB read at 6.9 TB/s, 7.1 TFLOP computed at 400 TFLOP/s. A visit of all four heads
-  takes 20.7 ns, however many of the 16 chose the block; a third of the visited blocks was chosen
-  by one of them.
+- Union tiles: 17.6 ms measured, for about 106 block visits by each group of 16 queries and
+  key-value head, 101 of them chosen: 114 GB read at 6.5 TB/s, 7.3 TFLOP at 413 TFLOP/s. A visit by
+  four heads takes 20.3 ns, however many of the 16 queries chose the block; a third of the visited
+  blocks was chosen by one.
 - A gathered row reads its query (256 B) and writes its part (256 B), which the merge reads once
-  more, and shares the block (32 KB) with the other rows of its item. United = 17 (all far), chunks
-  of 2048: lists of 60 queries, 1.14 times the pairs computed.
-    gathering   40 GB of L2 at 5.5 TB/s = 7.2 ms; 2.3 TFLOP at 450 TFLOP/s = 5.0 ms, beneath it
+  more, and shares the block (32 KB) with its item's other rows. All far (united = 17), chunks of
+  2048: lists of 60 queries, 1.14 times the pairs computed.
+    gathering   40 GB of L2 at 5.5 TB/s: 7.2 ms; 2.3 TFLOP at 450 TFLOP/s: 5.0 ms, beneath it
     tails       256 launches of 28 us, 3 us each: 0.8 ms
-    merging     15.8 GB from L2, 1.1 GB of results: 3.2 ms
-    near keys   window and sinks, 5 visits: 1.0 ms; lists 0.7 ms
-  In all 13 ms, 2.9 ns a (query, choice): as much as a visit by seven of 16.
-- So blocks chosen by 8 or more of 16 are left to the union tiles: 18 visits of 99, which take half
-  of the choices (30 M rows remain, lists of 31 queries, 1.27 times the pairs). Near keys 4.0 ms,
-  gathering 4.2, tails 0.6, merging 1.8, lists 0.7: 11.3 ms in all.
-- The parts of a pass (one chunk, one key-value head) are 31 MB at 2048 queries with half of the
-  slots used, and stay in the L2 (50 MB) if anything does. If not, 7.5 GB (16 without near blocks)
-  are written to memory and read again, 3 to 5 ms each way, partly under the L2's time: 13 and
-  17 ms. Larger chunks have longer lists but certainly pay this.
-- Random inputs (every block chosen by few): nothing is near, lists have T k / (C S) = 29 queries
-  for chunks of 2048; 14 to 16 ms, where union tiles compute 11 times the pairs.
+    merging     15.8 GB of parts from L2, 1.1 GB of results from memory: 3.2 ms
+    near keys   window and sinks, 5 visits: 1.0 ms; lists: 0.7 ms
+  In all 13 ms; 2.9 ns a choice, so that a visit is worth seven of them.
+- So blocks chosen by 8 or more of 16 stay with the union tiles: 20 visits of 101 that hold half of
+  the choices. 30 M rows remain, lists of 31 queries, 1.27 times the pairs. Near keys 4.1 ms,
+  gathering 4.2, tails 0.6, merging 1.8, lists 0.7: 11.4 ms.
+- The parts of a pass (one chunk, one key-value head) are then 31 MB in use and stay in the L2
+  (50 MB) if anything does; the blocks of a pass are 24 to 50 MB more. If not, 7.8 GB of parts (16
+  all far) are written to memory and read again, and 8 GB of blocks read: 3 to 5 ms each, partly
+  under the L2's time. That makes 13 to 14 ms, all far 17. Larger chunks have longer lists
+  but certainly pay this.
+- Random inputs: nothing is near, a chunk's lists are T k / (C S) = 29 queries on average and 1.25
+  times the pairs are computed: 14 to 17 ms, where unions are 11.4 times a query's list.
 """
 
 from __future__ import annotations

@@ -101,8 +101,9 @@ documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", 
 
 
 @documents
-@pytest.mark.parametrize("united", [17, 6], ids=["all_far", "some_near"])
-@pytest.mark.parametrize("length", [1, 63, 100, 200])
+@pytest.mark.parametrize(
+    ("length", "united"), [(1, 17), (1, 6), (63, 17), (63, 6), (100, 17), (200, 6)]
+)
 def test_it_is_the_reference(kernels, length, united, documents):
     heads = 1 + length % 2
     selection = drawn(length, documents=documents, heads=heads)
@@ -120,8 +121,8 @@ def test_heads_and_widths(kernels, heads, kv_heads, together, width):
 @documents
 @pytest.mark.parametrize("c", [16, 64])
 def test_half_precision(kernels, c, documents):
-    selection = drawn(200, c=c, slots=2, documents=documents)
-    assert (selection.blocks_BHQN >= 0).sum() > 100
+    selection = drawn(150 if c == 16 else 300, c=c, slots=2, documents=documents)
+    assert (selection.blocks_BHQN >= 0).sum() > 90
     check(kernels, selection, kv_heads=1, dtype=HALF, united=9)
 
 
@@ -148,7 +149,7 @@ def test_last_queries_only(kernels, start, documents):
 
 
 def test_all_queries_choose_one_block(kernels):
-    selection = drawn(200, slots=1)
+    selection = drawn(110, slots=1)
     blocks = torch.full_like(selection.blocks_BHQN, -1)
     blocks[:, :, 48:] = 1
     for united in (17, 16):
@@ -246,5 +247,5 @@ def test_the_command(study, monkeypatch, tmp_path, capsys):
     for row in report["records"]:
         assert "error" not in row and row["difference"]["out"] < 1e-2
         assert row["whole_ms"] > 0 and row["rows_computed"] >= 1
-    assert report["records"][0]["far_choices"] > 1 and "union_tiles_ms" in report
+    assert report["records"][0]["far_choices"] > 0.3 and "union_tiles_ms" in report
     assert names[1] in capsys.readouterr().out
