@@ -47,7 +47,8 @@ def drawn(
     """Random choices of the last queries from `start`. Neighbours agree on a `share` of the blocks
     that they like, so that unions hold blocks of few and of many; some rows choose nothing."""
     g = torch.Generator().manual_seed(seed)
-    spec = SelectionSpec(c, 1, window=17, sinks=5, heads=heads)
+    # Without sinks a choice may begin before its document.
+    spec = SelectionSpec(c, 1, window=17, sinks=0 if documents else 5, heads=heads)
     docs = make_documents(length) if documents else None
     layout = Selection(spec, torch.full((2, heads, length, 1), -1), length, length, 0, docs).layout
     may = layout.candidates(slice(None), layout.n_blocks).expand(2, -1, -1)[:, None]
