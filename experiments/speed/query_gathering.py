@@ -73,6 +73,7 @@ TUNINGS = {
     "items of 32": Tuning(longest=32),
     "merging 16 rows": Tuning(merged=16),
     "128 rows, 8 warps": Tuning(rows=128, warps=8, registers=255, resident=1),
+    "blocks streamed": Tuning(streamed=True),
     "2 stages": Tuning(stages=2),
     "1 stage, 4 programs": Tuning(stages=1, registers=128, resident=4),
 }

@@ -40,7 +40,8 @@ class Tuning:
     lanes: streams that take chunks in turn, each with parts of its own, so that one fills the
     other's tails. united: neighbours of 16 that make a choice near; 17: none is.
     longest: queries of an item. rows, warps, stages: of a step of the gathering; registers: of a
-    thread; resident: programs on a multiprocessor. merged: rows of a program that merges."""
+    thread; resident: programs on a multiprocessor. streamed: blocks leave the L2 before parts do.
+    merged: rows of a program that merges."""
 
     chunk: int = 2048
     together: int = 1
@@ -52,6 +53,7 @@ class Tuning:
     stages: int = 3
     registers: int = 168
     resident: int = 3
+    streamed: bool = False
     merged: int = 32
 
 
@@ -148,6 +150,7 @@ def gather_kernel(
     N: tl.constexpr,
     BM: tl.constexpr,
     HAS_DOCS: tl.constexpr,
+    STREAMED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
@@ -170,8 +173,9 @@ def gather_kernel(
         key = block * C + c
         rows = base + key.to(tl.int64)[:, None] * (K * E) + e
         key_ok = (key < S)[:, None] & (e < E)
-        k = tl.load(k_ptr + rows, mask=key_ok, other=0.0)
-        v = tl.load(v_ptr + rows, mask=key_ok, other=0.0)
+        policy: tl.constexpr = "evict_first" if STREAMED else ""
+        k = tl.load(k_ptr + rows, mask=key_ok, other=0.0, eviction_policy=policy)
+        v = tl.load(v_ptr + rows, mask=key_ok, other=0.0, eviction_policy=policy)
         for step in tl.range(0, tl.cdiv(last - first, EACH), num_stages=STAGES):
             place = first + step * EACH + m // G
             there = (place < last) & (m < EACH * G)
@@ -328,8 +332,8 @@ def passes(
     docs, q_start = lists.near.doc_start_BS, lists.near.q_start
     docs = None if docs is None else docs.to(torch.int32).contiguous()
     shape = (tuning.lanes, batch, together, size, slots, group)
-    parts = torch.empty(*shape, width, device=q.device, dtype=q.dtype)
-    sums = torch.empty(shape, device=q.device, dtype=torch.float32)
+    parts = torch.empty(*shape, width, device=q.device, dtype=q.dtype).unbind()
+    sums = torch.empty(shape, device=q.device, dtype=torch.float32).unbind()
     most, across = lists.items.shape[2], batch * together
     programs = min(most, ceil_div(tuning.resident * _processors(q.device), across))
     constants = dict(H=heads, K=kv_heads, HS=groups, E=width, BE=padded(width), N=slots)
@@ -342,7 +346,8 @@ def passes(
             parts[lane], sums[lane], queries, keys, q_start, lists.places.shape[2], most,
             lists.chunks, chunk, size, together, head, bound,
             **constants, C=lists.near.spec.key_block, BM=tuning.rows, HAS_DOCS=docs is not None,
-            STAGES=tuning.stages, num_warps=tuning.warps, maxnreg=tuning.registers,
+            STREAMED=tuning.streamed, STAGES=tuning.stages,
+            num_warps=tuning.warps, maxnreg=tuning.registers,
         )  # fmt: skip
 
     def merge(lane: int, chunk: int, head: int) -> None:

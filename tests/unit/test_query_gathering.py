@@ -133,7 +133,7 @@ def test_half_precision(kernels, c, documents):
         dict(chunk=1, longest=1),
         dict(chunk=70, longest=5, rows=16, merged=16),
         dict(chunk=1000, longest=1000, rows=64, merged=64, united=1),
-        dict(chunk=32, united=16, together=0),
+        dict(chunk=32, united=16, together=0, streamed=True),
     ],
     ids=["single_queries", "odd", "one_chunk", "full_groups"],
 )
