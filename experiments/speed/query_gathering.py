@@ -19,17 +19,17 @@ query: 3.8 M choices, 60.8 M rows of (query, head, block). Counts are those of s
   more, and shares the block (32 KB) with its item's other rows. All far (united = 17), chunks of
   2048: lists of 60 queries, 1.14 times the pairs computed.
     gathering   40 GB of L2 at 5.5 TB/s: 7.2 ms; 2.3 TFLOP at 450 TFLOP/s: 5.0 ms, beneath it
-    tails       256 launches of 28 us, 3 us each: 0.8 ms
+    waiting     256 launches of 28 us whose programs begin, end and wait for blocks apart: 1.2 ms
     merging     15.8 GB of parts from L2, 1.1 GB of results from memory: 3.2 ms
     near keys   window and sinks, 5 visits: 1.0 ms; lists: 0.7 ms
-  In all 13 ms; 2.9 ns a choice, so that a visit is worth seven of them.
+  In all 13 ms; 3.0 ns a choice, so that a visit is worth seven of them.
 - So blocks chosen by 8 or more of 16 stay with the union tiles: 20 visits of 101 that hold half of
   the choices. 30 M rows remain, lists of 31 queries, 1.27 times the pairs. Near keys 4.1 ms,
-  gathering 4.2, tails 0.6, merging 1.8, lists 0.7: 11.4 ms.
+  gathering 4.2, waiting 1.2, merging 1.8, lists 0.7: 12 ms.
 - The parts of a pass (one chunk, one key-value head) are then 31 MB in use and stay in the L2
   (50 MB) if anything does; the blocks of a pass are 24 to 50 MB more. If not, 7.8 GB of parts (16
   all far) are written to memory and read again, and 8 GB of blocks read: 3 to 5 ms each, partly
-  under the L2's time. That makes 13 to 14 ms, all far 17. Larger chunks have longer lists
+  under the L2's time. That makes 14 to 15 ms, all far 17. Larger chunks have longer lists
   but certainly pay this.
 - Random inputs: nothing is near, a chunk's lists are T k / (C S) = 29 queries on average and 1.25
   times the pairs are computed: 14 to 17 ms, where unions are 11.4 times a query's list.
@@ -63,14 +63,14 @@ TUNINGS = {
     "all far": Tuning(united=17),
     "near from 6": Tuning(united=6),
     "near from 11": Tuning(united=11),
-    "chunks of 1024": Tuning(chunk=1024),
-    "chunks of 1024, two lanes": Tuning(chunk=1024, lanes=2),
+    "chunks of 1024": Tuning(chunk=1024, longest=64),
+    "chunks of 1024, two lanes": Tuning(chunk=1024, longest=64, lanes=2),
     "chunks of 2048, two lanes": Tuning(lanes=2),
     "chunks of 2048, two heads": Tuning(together=2),
     "chunks of 4096": Tuning(chunk=4096),
     "chunks of 4096, all heads": Tuning(chunk=4096, together=0),
     "all far, chunks of 4096, all heads": Tuning(chunk=4096, together=0, united=17),
-    "items of 32": Tuning(longest=32),
+    "items of 64": Tuning(longest=64),
     "merging 16 rows": Tuning(merged=16),
     "128 rows, 8 warps": Tuning(rows=128, warps=8, registers=255, resident=1),
     "blocks streamed": Tuning(streamed=True),

@@ -112,8 +112,11 @@ def split_kernel(
 
 
 @triton.jit
-def load_item(item_ptr, item, used):
-    """(block, first, last) of an item, if there is one."""
+def load_item(item_ptr, turn, used):
+    """(block, first, last) of a program's next item; first = last if there is none. The longest
+    come first: who takes a long one in one turn gets a short one in the next."""
+    programs, i = tl.num_programs(0), tl.program_id(0)
+    item = turn * programs + tl.where(turn % 2 == 0, i, programs - 1 - i)
     at, ok = item_ptr + item * 4, item < used
     first, last = tl.load(at + 1, mask=ok, other=0), tl.load(at + 2, mask=ok, other=0)
     return tl.load(at, mask=ok, other=0), first, last
@@ -166,13 +169,13 @@ def gather_kernel(
     base = (b.to(tl.int64) * S * K + kv_head) * E
     m, e, c = tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, C)
     g = m % G
-    block, first, last = load_item(item_ptr, tl.program_id(0), used)
-    for item in range(tl.program_id(0), used, tl.num_programs(0)):
-        # The next one: a program would wait for it.
-        following = load_item(item_ptr, item + tl.num_programs(0), used)
+    block, first, last = load_item(item_ptr, 0, used)
+    for turn in range(0, tl.cdiv(used, tl.num_programs(0))):
+        # Already now: a program would wait for it.
+        following = load_item(item_ptr, turn + 1, used)
         key = block * C + c
         rows = base + key.to(tl.int64)[:, None] * (K * E) + e
-        key_ok = (key < S)[:, None] & (e < E)
+        key_ok = (key < tl.where(first < last, S, 0))[:, None] & (e < E)
         policy: tl.constexpr = "evict_first" if STREAMED else ""
         k = tl.load(k_ptr + rows, mask=key_ok, other=0.0, eviction_policy=policy)
         v = tl.load(v_ptr + rows, mask=key_ok, other=0.0, eviction_policy=policy)
