@@ -14,9 +14,7 @@ keys per step; an item is a tile's split.
 import triton
 import triton.language as tl
 
-from gsa_kernels.index_score.triton_scores import candidate_range, unpacked
-
-from .triton_filter import queries, scores_of
+from .triton_rows import rows_of, step_scores
 from .triton_select import EMPTY, fill, ordered, wanted_of
 
 DIGITS = 5
@@ -119,28 +117,22 @@ def digit_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    JH: tl.constexpr = J // H
     which = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     n_named = tl.load(n_named_ptr + which)
     tiles, splits = splits_of(n_named, columns, tl.num_programs(0), BM, SPLITS)
     n = tl.arange(0, BN)
-    i = tl.arange(0, BI)
-    k_at = n[:, None] * WIDTH + i[None, :]
-    unit = -1.4426950408889634 if SIGMOID else 1.0
+    k_base = k_ptr + b.to(tl.int64) * key_rows * WIDTH
     for item in range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         rank = item // splits * BM + tl.arange(0, BM)
         ok = rank < n_named
         slot = which * rows + rank
         row = tl.load(named_ptr + slot, mask=ok, other=0)
         tile = first_tile + row
-        first, end = candidate_range(b, tile, docs_ptr, S, ok, 1, R, WINDOW, SINKS, HAS_DOCS)
-        end = tl.where(ok, end, 0)
-        first = tl.where(ok, first, 1 << 30)
-        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
-        qs, weights, biases = queries(
-            q_ptr, weight_ptr, bias_ptr, q_line, ok, h, unit, JH, WIDTH, BI, HAS_BIAS
-        )
+        first, end, qs, weights, biases = rows_of(
+            q_ptr, weight_ptr, bias_ptr, docs_ptr, b, h, tile, ok, T, S, q_start, J, H, WIDTH, BI,
+            R, WINDOW, SINKS, SIGMOID, HAS_BIAS, HAS_DOCS
+        )  # fmt: skip
         want = wanted_of(wanted_ptr, which * rows + row, ok, most, HAS_WANTED)
         low, _, _ = narrowed(total_ptr, slot, ok, want, level, DIGITS)
         begin, stop = item_range(first, end, item % splits, splits)
@@ -149,11 +141,10 @@ def digit_kernel(
         odd_0, odd_1, odd_2, odd_3 = row * 0, row * 0, row * 0, row * 0
         over = row * 0
         for column_0 in range(begin, stop, BN):
-            k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-            k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-            k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
-            score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
-                              WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
+            score = step_scores(
+                q_ptr, k_base, column_0, key_rows, qs, weights, biases, scale, J // H, WIDTH, BI,
+                BN, SIGMOID, WIDE, HAS_BIAS
+            )  # fmt: skip
             column = (column_0 + n)[None, :]
             in_range = (column >= first[:, None]) & (column < end[:, None])
             bucket = (candidate(score, in_range) - low[:, None]) >> (4 * (DIGITS - 1 - level))
@@ -237,15 +228,12 @@ def write_kernel(
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    JH: tl.constexpr = J // H
     which = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     n_named = tl.load(n_named_ptr + which)
     tiles, splits = splits_of(n_named, columns, tl.num_programs(0), BM, SPLITS)
     n = tl.arange(0, BN)
-    i = tl.arange(0, BI)
-    k_at = n[:, None] * WIDTH + i[None, :]
-    unit = -1.4426950408889634 if SIGMOID else 1.0
+    k_base = k_ptr + b.to(tl.int64) * key_rows * WIDTH
     for item in range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         split = item % splits
         rank = item // splits * BM + tl.arange(0, BM)
@@ -270,20 +258,16 @@ def write_kernel(
         if split == 0:
             fill(out, wanted, ok, width, BW)
         tile = first_tile + row
-        first, end = candidate_range(b, tile, docs_ptr, S, ok, 1, R, WINDOW, SINKS, HAS_DOCS)
-        end = tl.where(ok, end, 0)
-        first = tl.where(ok, first, 1 << 30)
-        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
-        qs, weights, biases = queries(
-            q_ptr, weight_ptr, bias_ptr, q_line, ok, h, unit, JH, WIDTH, BI, HAS_BIAS
-        )
+        first, end, qs, weights, biases = rows_of(
+            q_ptr, weight_ptr, bias_ptr, docs_ptr, b, h, tile, ok, T, S, q_start, J, H, WIDTH, BI,
+            R, WINDOW, SINKS, SIGMOID, HAS_BIAS, HAS_DOCS
+        )  # fmt: skip
         begin, stop = item_range(first, end, split, splits)
         for column_0 in range(begin, stop, BN):
-            k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-            k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-            k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
-            score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
-                              WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
+            score = step_scores(
+                q_ptr, k_base, column_0, key_rows, qs, weights, biases, scale, J // H, WIDTH, BI,
+                BN, SIGMOID, WIDE, HAS_BIAS
+            )  # fmt: skip
             column = (column_0 + n)[None, :]
             in_range = (column >= first[:, None]) & (column < end[:, None])
             nan = tl.maximum(nan, tl.max(((score != score) & in_range).to(tl.int32), 1))

@@ -19,17 +19,9 @@ rows and BN keys per step.
 import triton
 import triton.language as tl
 
-from gsa_kernels.index_score.triton_scores import (
-    ASSEMBLY,
-    candidate_range,
-    group_of,
-    joined,
-    product,
-    ratio,
-    scaled,
-    unpacked,
-)
+from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
+from .triton_rows import rows_of, step_scores
 from .triton_select import EMPTY, best, fill, has_nan, ordered, put, wanted_of
 
 
@@ -98,51 +90,6 @@ def threshold_kernel(
             threshold = tl.where(n >= rank, middle, threshold)
             top = tl.where(close, middle, tl.where(n >= rank, top, middle - 1))
     tl.store(bound_ptr + entry, least_score(threshold))
-
-
-@triton.jit
-def queries(
-    q_ptr, weight_ptr, bias_ptr, q_line, ok, h, unit, JH: tl.constexpr, WIDTH: tl.constexpr,
-    BI: tl.constexpr, HAS_BIAS: tl.constexpr
-):  # fmt: skip
-    """Tuples of JH queries [BM, BI], weights [BM] and biases of the rows."""
-    i = tl.arange(0, BI)
-    qs, weights, biases = (), (), ()
-    for j in tl.static_range(JH):
-        q_at = (q_line + j)[:, None] * WIDTH + i[None, :]
-        q = tl.load(q_ptr + q_at, mask=ok[:, None] & (i < WIDTH)[None, :], other=0.0)
-        weight = tl.load(weight_ptr + q_line + j, mask=ok, other=0.0).to(tl.float32)
-        # Triton knows no starred tuple.
-        qs, weights = qs + (q,), weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + h * JH + j).to(tl.float32) * unit
-        biases = biases + (bias,)  # type: ignore[assignment]  # noqa: RUF005
-    return qs, weights, biases
-
-
-@triton.jit
-def scores_of(
-    qs, weights, biases, k, slope, JH: tl.constexpr, SIGMOID: tl.constexpr, WIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr
-):  # fmt: skip
-    """[BM, BN] scores of keys [BN, BI], as score_kernel's."""
-    GROUP: tl.constexpr = group_of(JH, 2 if WIDE else 4)
-    BM: tl.constexpr = qs[0].shape[0]
-    BN: tl.constexpr = k.shape[0]
-    for first_head in tl.static_range(0, JH, GROUP):
-        over = tl.zeros([BM, BN], tl.float32)
-        under = tl.full([BM, BN], 1.0, tl.float32)
-        for inner in tl.static_range(GROUP):
-            x = product(qs[first_head + inner], k, tl.zeros([BM, BN], tl.float32), WIDE)
-            x = scaled(x, slope, biases[first_head + inner], HAS_BIAS)
-            weight = weights[first_head + inner][:, None]
-            over, under = joined(x, weight, over, under, inner == 0, GROUP, SIGMOID)
-        if first_head == 0:
-            score = ratio(over, under, SIGMOID)
-        else:
-            score += ratio(over, under, SIGMOID)
-    return score
 
 
 @triton.jit
@@ -239,29 +186,22 @@ def filter_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    JH: tl.constexpr = J // H
     WORDS: tl.constexpr = BN // 32
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = row < rows
     tile = first_tile + row
-    first, end = candidate_range(b, tile, docs_ptr, S, row_ok, 1, R, WINDOW, SINKS, HAS_DOCS)
-    end = tl.where(row_ok, end, 0)
-    first = tl.where(row_ok, first, 1 << 30)
+    first, end, qs, weights, biases = rows_of(
+        q_ptr, weight_ptr, bias_ptr, docs_ptr, b, h, tile, row_ok, T, S, q_start, J, H, WIDTH, BI,
+        R, WINDOW, SINKS, SIGMOID, HAS_BIAS, HAS_DOCS
+    )  # fmt: skip
     entry = tl.program_id(2).to(tl.int64) * rows + row
     bound = tl.load(bound_ptr + entry, mask=row_ok, other=float("inf"))
-    unit = -1.4426950408889634 if SIGMOID else 1.0
-    q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
-    qs, weights, biases = queries(
-        q_ptr, weight_ptr, bias_ptr, q_line, row_ok, h, unit, JH, WIDTH, BI, HAS_BIAS
-    )
     low = tl.min(first, 0) // BN * BN
     steps = tl.maximum(tl.max(end, 0) - low + (BN - 1), 0) // BN
     back = tl.program_id(1)  # 1: downwards, from the list's end
     begin = tl.where(back > 0, steps - 1, 0)
-    n = tl.arange(0, BN)
-    i = tl.arange(0, BI)
-    k_at = n[:, None] * WIDTH + i[None, :]
+    k_base = k_ptr + b.to(tl.int64) * key_rows * WIDTH
     low_bits = 2 * tl.arange(0, 16)
     first_bit = 1 << low_bits
     place = tl.zeros([BM], tl.int32) + back * CAP
@@ -269,11 +209,10 @@ def filter_kernel(
     lists = list_ptr + entry * CAP
     for step in tl.range(0, (steps + 1 - back) // 2, num_stages=STAGES):
         column_0 = low + (begin + step * (1 - 2 * back)) * BN
-        k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-        k_line = (b.to(tl.int64) * key_rows + column_0) * WIDTH
-        k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
-        score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
-                          WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
+        score = step_scores(
+            q_ptr, k_base, column_0, key_rows, qs, weights, biases, scale, J // H, WIDTH, BI, BN,
+            SIGMOID, WIDE, HAS_BIAS
+        )  # fmt: skip
         even, odd = tl.split(tl.reshape(score, [BM, WORDS, 16, 2]))
         # Not below: NaN is listed, and found there.
         two = tl.where(even < bound[:, None, None], 0, first_bit[None, None, :])

@@ -17,9 +17,9 @@ step, FIELDS numbers kept of a row's segment (see part_kernel).
 import triton
 import triton.language as tl
 
-from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range, unpacked
+from gsa_kernels.index_score.triton_scores import ASSEMBLY, candidate_range
 
-from .triton_filter import queries, scores_of
+from .triton_rows import queries, step_scores, unit_of
 
 TINY = tl.constexpr(2.0**-100)  # scores, where their ratios count, are no smaller
 NEAR = tl.constexpr(0.25)  # r log r - r + 1 cancels where r is nearer to 1
@@ -86,7 +86,6 @@ def part_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    JH: tl.constexpr = J // H
     b, h = tl.program_id(2) // H, tl.program_id(2) % H
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = row < rows
@@ -102,15 +101,13 @@ def part_kernel(
     begun = tl.max(tl.where(some, first, 0), 0)
     ended = tl.min(tl.where(some, end, low + SEGMENT), 0)
     if begin < stop:
-        unit = -1.4426950408889634 if SIGMOID else 1.0
-        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * JH
+        q_line = (b.to(tl.int64) * T + (tile * R - q_start)) * J + h * (J // H)
         qs, weights, biases = queries(
-            q_ptr, weight_ptr, bias_ptr, q_line, row_ok, h, unit, JH, WIDTH, BI, HAS_BIAS
-        )
+            q_ptr, weight_ptr, bias_ptr, q_line, row_ok, h, unit_of(SIGMOID), J // H, WIDTH, BI,
+            HAS_BIAS
+        )  # fmt: skip
         n = tl.arange(0, BN)
-        i = tl.arange(0, BI)
-        k_at = n[:, None] * WIDTH + i[None, :]
-        k_ptr += b.to(tl.int64) * batch_stride
+        k_base = k_ptr + b.to(tl.int64) * batch_stride
         near = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM], tl.float32)
         square = tl.zeros([BM], tl.float32)
@@ -119,11 +116,10 @@ def part_kernel(
         excess = tl.zeros([BM], tl.float32)
         terms = tl.zeros([BM], tl.float32)
         for column_0 in tl.range(begin, stop, BN, num_stages=STAGES):
-            k_mask = (column_0 + n < key_rows)[:, None] & (i < WIDTH)[None, :]
-            k_line = tl.cast(column_0, tl.int64) * WIDTH
-            k = unpacked(tl.load(k_ptr + k_line + k_at, mask=k_mask, other=0.0), q_ptr)
-            score = scores_of(qs, weights, biases, k, slope=scale * unit, JH=JH, SIGMOID=SIGMOID,
-                              WIDE=WIDE, HAS_BIAS=HAS_BIAS)  # fmt: skip
+            score = step_scores(
+                q_ptr, k_base, column_0, key_rows, qs, weights, biases, scale, J // H, WIDTH, BI,
+                BN, SIGMOID, WIDE, HAS_BIAS
+            )  # fmt: skip
             above = score
             if ENTROPY:
                 above = tl.maximum(score, TINY)
