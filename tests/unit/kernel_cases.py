@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,20 @@ STARTS = ([0, 20, 21, 50], [0, 37, 90])  # documents of the two sequences of a b
 
 def granularity_id(value: tuple[int, int]) -> str:
     return f"C{value[0]}R{value[1]}"
+
+
+def captured_in_a_graph(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(a CUDA graph of the step, what it writes when it is replayed). Fails where the step waits
+    for the device."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
 
 
 def make_factors(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_selection
+from kernel_cases import captured_in_a_graph, granularity_id, make_selection
 from test_sparse_attention import inputs, run
 
 pytest.importorskip("triton")
@@ -397,14 +397,7 @@ def test_captured_in_a_cuda_graph():
         out = sparse_attention(q, k, v, selection, impl="triton").out_BTHE
         return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_in_a_graph(step)
     with torch.no_grad():
         q.copy_(torch.randn_like(q))
     graph.replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_selection
+from kernel_cases import captured_in_a_graph, granularity_id, make_selection
 from test_fused_gate import gate_for
 from test_sparse_attention import inputs
 from test_triton_attention import DEVICE, HALF, on_device
@@ -203,13 +203,7 @@ def test_captured_in_a_cuda_graph():
     def step():
         return sparse_attention(q, k, v, part, impl="triton").out_BTHE
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_in_a_graph(step)
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert torch.equal(captured, step())

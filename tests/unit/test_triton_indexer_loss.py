@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_documents, make_factors
+from kernel_cases import captured_in_a_graph, granularity_id, make_documents, make_factors
 from test_indexer_loss import PARTS, probabilities
 from test_triton_compile import SHARED
 
@@ -467,14 +467,7 @@ def test_the_objective_is_captured_in_a_cuda_graph():
     def step():
         return torch.autograd.grad(objective(*case), leaves)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_in_a_graph(step)
     with torch.no_grad():
         leaves[0].copy_(torch.randn_like(leaves[0]))
     graph.replay()

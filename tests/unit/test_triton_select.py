@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_documents, make_factors
+from kernel_cases import captured_in_a_graph, granularity_id, make_documents, make_factors
 
 from gsa_kernels.index_score.api import PooledFactors, RandomScores
 from gsa_kernels.index_score.keys import pool_keys
@@ -399,13 +399,7 @@ def test_captured_in_a_cuda_graph(granularity):
     def step():
         return select(factors, spec, 1024, 1024, 6000, impl="triton").selection.blocks_BHQN
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_in_a_graph(step)
     factors.q_BTJI.normal_()
     graph.replay()
     assert torch.equal(captured, step())

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import granularity_id, make_factors
+from kernel_cases import captured_in_a_graph, granularity_id, make_factors
 from test_triton_select import (
     DEVICE,
     DTYPES,
@@ -282,13 +282,7 @@ def test_captured_in_a_cuda_graph(granularity, pooling):
     def step():
         return select(factors, spec, 1024, 1024, 6000, impl="triton").selection.blocks_BHQN
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_in_a_graph(step)
     factors.q_BTJI.normal_()
     graph.replay()
     assert torch.equal(captured, step())
