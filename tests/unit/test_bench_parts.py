@@ -276,13 +276,14 @@ def test_layers_are_reported_as_their_mean():
     _, module = speed_report()
     case = {"mode": "token", "inputs": "checkpoint", "pass": "hierarchical", "pool": 16}
     rows = [
-        {**case, "layer": i, "recall": r, "mass": 0.1 * r, "mass_exact": 0.1}
+        {**case, "layer": i, "recall": r, "mass": 0.1 * r, "mass_exact": 0.1, "mass_chance": 0.02}
         for i, r in enumerate((0.5, 0.9))
     ]
     drawn = {**case, "inputs": "random", "recall": 0.3}
     mean, other = module.over_layers([*rows, drawn])
     assert mean["recall"] == pytest.approx(0.7) and mean["recall_worst"] == 0.5
     assert mean["layer"] == "0, 1" and mean["mass"] == pytest.approx(0.07)
+    assert mean["gain_kept"] == pytest.approx(0.05 / 0.08)
     assert other == drawn
 
 
