@@ -230,28 +230,27 @@ def plot_coarse(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [r for r in report["records"] if r["pass"] == "hierarchical"]
-    kinds = list(dict.fromkeys((r["inputs"], r["mode"], r["C"]) for r in rows))
-    pools = sorted({r["pool"] for r in rows})
-    shape = (len(kinds), len(pools))
-    size = (2.9 * shape[1] + 1, 2.5 * shape[0] + 1)
-    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey=True)
-    for (inputs, mode, c), line in zip(kinds, grid, strict=True):
-        for pool, axes in zip(pools, line, strict=True):
-            kind = (inputs, mode, c, pool)
-            mine = [r for r in rows if (r["inputs"], r["mode"], r["C"], r["pool"]) == kind]
+    kinds: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
+    for r in sorted(rows, key=lambda r: r["pool"]):
+        kinds.setdefault((r["inputs"], r["mode"], r["C"]), {}).setdefault(r["pool"], []).append(r)
+    shape = (len(kinds), max(map(len, kinds.values())))
+    size = (2.6 * shape[1] + 1, 2.6 * shape[0] + 1)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharey=True)
+    for ((inputs, mode, c), by_pool), line in zip(kinds.items(), grid, strict=True):
+        line[0].set_ylabel("share of the exact choice's", fontsize=8)
+        for axes, (pool, mine) in zip(line, by_pool.items(), strict=False):
             _costs(axes, mine)
-            axes.set_title(f"{inputs}, {mode} mode (C={c}), pool {pool}", fontsize=8)
-            if not mine:
-                axes.set_axis_off()
-    for axes in grid[:, 0]:
-        axes.set_ylabel("share of the exact choice's")
-    for axes in grid[-1]:
-        axes.set_xlabel("scores computed, of all")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8)
+            axes.set_title(f"{inputs}, {mode} mode, C={c}, pool {pool}", fontsize=8)
+        for axes in line[len(by_pool) :]:
+            axes.set_visible(False)
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1])
+    )
+    columns = len(labels) // 2
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=8)
     figure.suptitle(f"{report['device']}; {_subject(rows)}, {_tokens(rows[0]['seq_len'])} tokens",
                     fontsize=9)  # fmt: skip
-    figure.tight_layout(rect=(0, 0.09 if len(kinds) == 1 else 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.5 / size[1], 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -265,7 +264,8 @@ def _costs(axes: Any, rows: list[dict[str, Any]]) -> None:
             if y:
                 axes.plot(cost, y, style, marker=".", color=colour, label=f"{pooling}: {label}")
     axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=0.8)
-    axes.set_xlim(0, 0.7)
+    axes.set_xlim(0, max(0.7, *(r["cost"] for r in rows)))
+    axes.set_xlabel("scores computed, of all", fontsize=8)
     axes.set_ylim(0, 1.05)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -347,8 +347,9 @@ def main() -> None:
         report["records"] = over_layers(report["records"])
     text = table(report, INDEXER_COLUMNS if indexer else COLUMNS)
     name.with_suffix(".md").write_text(text)
-    coarse = all("mass" in r or r["pass"] == "hierarchical" for r in report["records"])
-    drawing = plot_coarse if indexer and coarse else plot_indexer if indexer else plot
+    masses = [r for r in report["records"] if r["pass"] == "hierarchical" and "mass" in r]
+    learns = any(r["pass"] == "objective" for r in report["records"])
+    drawing = plot_coarse if masses and not learns else plot_indexer if indexer else plot
     drawing(report, name.with_suffix(".png"))
     print(text)
 
