@@ -237,6 +237,7 @@ def test_coarse_to_fine_costs_less_than_exact_scores(granularity):
 
 PIECES = {
     "pooled": lambda: as_kind(make_factors(LENGTH), PooledFactors, pool=POOL),
+    "pooled_max": lambda: as_kind(make_factors(LENGTH), PooledFactors, pool=POOL, pooling="max"),
     "hierarchical": lambda: as_kind(
         make_factors(LENGTH), HierarchicalFactors, pool=POOL, survivors=2
     ),
@@ -291,7 +292,7 @@ class Memory:
         return getattr(self, name)
 
 
-@pytest.mark.parametrize("kind", ["pooled", "hierarchical", "bound"])
+@pytest.mark.parametrize("kind", ["pooled", "pooled_max", "hierarchical", "bound"])
 @pytest.mark.parametrize("granularity", [(1, 1), (4, 16)], ids=granularity_id)
 @documents
 def test_remembered_pooled_keys_change_no_bit(kind, granularity, documents):

@@ -111,14 +111,15 @@ class Pooled:
 
     whole_BMI: Tensor
     running_BSI: Tensor | None
-    factors: IndexFactors
+    factors: "PooledFactors | HierarchicalFactors"
     doc_start_BS: Tensor | None
 
-    def at(self, position_Q: Tensor, pool: int, pooling: str) -> Tensor:
+    def at(self, position_Q: Tensor) -> Tensor:
         """[B, Q, I]: `running_pool` at some positions, bit for bit."""
         if self.running_BSI is not None:
             return self.running_BSI[:, position_Q]
         k, docs = self.factors.k_BSI, self.doc_start_BS
+        pool, pooling = self.factors.pool, self.factors.pooling
         low = position_Q // pool * pool
         member = low[:, None] + torch.arange(pool, device=low.device)
         member = member.clamp_max(k.shape[1] - 1)
@@ -229,7 +230,7 @@ def coarse_scores(
     scores = torch.nn.functional.pad(at.tile(whole), (0, columns - whole.shape[1]))
     # The block that the local window cuts, one per tile.
     last = (layout.local_BQ[0, tiles] - 1).clamp_min(0)
-    ends = pooled.at(last, pool, pooling)[:, None, :, None]
+    ends = pooled.at(last)[:, None, :, None]
     edge = ends.expand(-1, factors.heads, -1, -1, -1)
     cut = at.gathered(edge).to(scores.dtype)
     index = (last // pool).clamp_max(columns - 1)[None, None, :, None]
