@@ -64,7 +64,7 @@ class OptimConfig:
     clip: float = 1.0  # gradient norm; 0 = off
     indexer_lr_multiplier: float = 1.0
     schedule: str = "cosine"  # cosine, wsd or constant
-    warmup_steps: int = 0
+    warmup_steps: float = 0  # optimizer steps; below 1: a share of train.steps
     decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
     min_lr_ratio: float = 0.1
 

@@ -133,6 +133,11 @@ def lr_factor(
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape
 
 
+def warmup_steps(wanted: float, steps: int) -> int:
+    """Warm-up of a run of `steps`: optim.warmup_steps, or below 1 that share of them."""
+    return round(wanted * steps) if wanted < 1 else int(wanted)
+
+
 def build_schedule(optimizer: Optimizer, cfg: Any) -> LambdaLR:
     """Scheduler of `lr_factor` over cfg.train.steps optimizer steps; step it after each of them.
 
@@ -141,14 +146,15 @@ def build_schedule(optimizer: Optimizer, cfg: Any) -> LambdaLR:
     Raises UserError for an unknown schedule or decay shape, and for impossible numbers.
     """
     optim, steps = cfg.optim, int(cfg.train.steps)
-    warmup, fraction = int(optim.warmup_steps), float(optim.decay_fraction)
+    warmup = warmup_steps(float(optim.warmup_steps), steps)
+    fraction = float(optim.decay_fraction)
     floor, shape = float(optim.min_lr_ratio), str(_optional(optim, "decay_shape", "sqrt"))
     if optim.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={optim.schedule!r}: choose one of {', '.join(SCHEDULES)}")
     if shape not in DECAY_SHAPES:
         raise UserError(f"optim.decay_shape={shape!r}: choose one of {', '.join(DECAY_SHAPES)}")
     if warmup < 0:
-        raise UserError(f"optim.warmup_steps={warmup}: must be 0 or more")
+        raise UserError(f"optim.warmup_steps={optim.warmup_steps:g}: must be 0 or more")
     for key, value in (("decay_fraction", fraction), ("min_lr_ratio", floor)):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"optim.{key}={value}: must be between 0 and 1")

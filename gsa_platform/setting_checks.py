@@ -114,10 +114,16 @@ def head_dim(cfg: Any) -> int:
 
 def _optimisation(cfg: Any) -> Problems:
     optim, steps = cfg.optim, cfg.train.steps
-    if optim.warmup_steps and optim.warmup_steps >= steps:
+    warmup = optim.warmup_steps
+    if warmup >= max(1, steps):
         yield (
-            f"optim.warmup_steps={optim.warmup_steps} must be below train.steps={steps}. "
-            f"Type optim.warmup_steps={max(steps // 10, 0)}, or more train.steps."
+            f"optim.warmup_steps={warmup:g} must be below train.steps={steps}. "
+            "Type optim.warmup_steps=0.1, a tenth of them, or more train.steps."
+        )
+    elif warmup > 1 and warmup != int(warmup):
+        yield (
+            f"optim.warmup_steps={warmup:g} must be whole, or a share of the steps, below 1. "
+            f"Type optim.warmup_steps={int(warmup)}."
         )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield (

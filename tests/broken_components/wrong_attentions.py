@@ -180,8 +180,8 @@ class KeepsStateToItself(Plain):
 
 class ReadsUnwrittenMemory(Plain):
     def attend(self, q, k, v, seq):
-        # 64 MiB: malloc hands out so much only as fresh pages, which hold zeros. A small buffer may
-        # hold NaN left by an earlier check, and then checks fail that are not meant to.
+        # 64 MiB: malloc takes so much only as fresh pages, which hold zeros. A small buffer may
+        # hold NaN that an earlier check left, and then checks fail that are not meant to.
         scratch = torch.empty(1 << 24, dtype=torch.float32, device=q.device)[-1].to(q.dtype)
         return super().attend(q, k, v, seq) + scratch
 

@@ -1,7 +1,7 @@
 """Compile the launches of one selection for GPUs that are not there; run as a program.
 
     python aot_select.py sm_80,sm_90 C R T J I dtype[+dtype of keys] k score [docs]
-        [pooling,pool,survivors]
+        [pooling,pool,survivors] [entropy|variance: budgets by a rule]
 
 Prints first the launches that one call makes, in order (kernels, and PyTorch's own operations that
 launch something), then one JSON object per kernel as aot_compile does.
@@ -61,12 +61,14 @@ def main() -> None:
         **more,
     )
     spec = SelectionSpec(c, r, window=128, sinks=64)
+    names = tuple(name for name in ("variance", "entropy") if name in sys.argv[10:])
+    budget: Any = (lambda values: (keys * values[names[0]]).long()) if names else keys
 
     def call() -> None:
         width = spec.max_blocks(keys, t)
-        rows = api._rows("triton", factors, spec, t, docs, False, width)
+        rows = api._rows("triton", factors, spec, t, docs, names, width=width)
         with Launching() as seen:
-            chunked.run(rows, factors, spec, keys, keys, t, docs, None, ())
+            chunked.run(rows, factors, spec, budget, keys, t, docs, None, names)
         print(json.dumps(seen.names))
 
     launches = record(call)

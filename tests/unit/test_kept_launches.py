@@ -17,7 +17,8 @@ class Kernel:
         self.compiled, self.launches = 0, []
 
     def __getitem__(self, grid):
-        def call(*args, num_warps=4, **constants):
+        def call(*args, enable_fp_fusion, num_warps=4, **constants):
+            assert enable_fp_fusion
             self.compiled += 1
             values = [*args, *(constants[n] for n in self.arg_names[len(args) :])]
             self.launches.append((*grid, *values[1:]))
@@ -60,6 +61,7 @@ def test_a_call_like_an_earlier_one_binds_nothing_anew(kernel):
     [
         {"n": 17},
         {"n": 1},
+        {"n": 1 << 32},
         {"block": 64},
         {"flag": False},
         {"warps": 8},
@@ -81,10 +83,17 @@ def test_an_unaligned_tensor_does_not_get_the_kernel_of_an_aligned_one(kernel):
     assert kernel.compiled == 3
 
 
-def test_numbers_that_grow_do_not_fill_the_memory(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "_MOST", 8)
-    for n in range(100):
+def test_numbers_that_grow_share_what_triton_compiles_for_them(kernel):
+    for n in range(2, 100):
         run(kernel, n=n)
+    assert kernel.compiled == 2  # multiples of 16, and others
+    assert [values[2] for values in kernel.launches] == list(range(2, 100))
+
+
+def test_constants_that_grow_do_not_fill_the_memory(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST", 8)
+    for block in range(100):
+        run(kernel, block=block)
     assert len(launch._kept) <= 8
 
 

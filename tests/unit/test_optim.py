@@ -7,7 +7,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gsa_platform.errors import UserError
-from gsa_platform.optim import build_optimizer, build_schedule, lr_factor, parameter_groups
+from gsa_platform.optim import (
+    build_optimizer,
+    build_schedule,
+    lr_factor,
+    parameter_groups,
+    warmup_steps,
+)
 
 
 def config(**optim):
@@ -139,6 +145,14 @@ def test_wsd(shape, middle):
 
 def test_constant():
     assert set(factors("constant", warmup_steps=1)) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps", "expected"),
+    [(0, 10, 0), (0.1, 16, 2), (0.1, 4, 0), (1, 10, 1), (20, 9, 20)],
+)
+def test_warmup_is_in_steps_or_below_one_a_share_of_them(wanted, steps, expected):
+    assert warmup_steps(wanted, steps) == expected
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

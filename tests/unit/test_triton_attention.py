@@ -140,6 +140,68 @@ def test_last_queries_of_single_keys(owned, owned_keys):
     check(part, (q[:, 37:], k, v, bias[:, :, 37:]), with_bias=owned)
 
 
+SMALL = [  # C, T, documents, one choice for all heads, window, sinks
+    (2, 63, True, False, 7, 3),
+    (4, 70, True, True, 17, 0),
+    (8, 70, False, True, 6, 20),
+    (8, 5, True, False, 7, 3),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@owned
+def test_small_blocks_of_single_queries(case, owned, owned_keys, monkeypatch):
+    from gsa_kernels.sparse_attention import single_keys
+
+    monkeypatch.setattr(single_keys, "_AT_ONCE", 1500)  # some queries at a time
+    owned_keys(owned)
+    c, length, documents, shared, window, sinks = case
+    selection = make_selection(
+        length,
+        (c, 1),
+        window=window,
+        sinks=sinks,
+        budget=50,
+        heads=1 if shared else 2,
+        documents=documents,
+    )
+    check(selection, inputs(selection), with_bias=owned or shared)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
+@pytest.mark.parametrize("c", [2, 3, 8])
+@pytest.mark.parametrize("sinks", [0, 3, 20])
+@pytest.mark.parametrize("window", [1, 7, 17])
+def test_small_blocks_as_single_keys(documents, c, sinks, window):
+    """The same keys, in order, and each block's own share of sums and bias."""
+    from gsa_kernels.sparse_attention.single_keys import single_keys
+
+    whole = make_selection(
+        130, (c, 1), window=window, sinks=sinks, budget=60, heads=2, documents=documents
+    )
+    for selection in (whole, whole.rows(37, 130)):
+        keys = single_keys(selection)
+        mask, blocks = keys.selection.to_dense_mask(), keys.selection.blocks_BHQN
+        assert torch.equal(mask, selection.to_dense_mask())
+        there = blocks >= 0
+        assert (there.int().diff(dim=-1) <= 0).all()
+        assert (blocks.diff(dim=-1) > 0)[there[..., 1:]].all()
+        expected = torch.zeros(selection.blocks_BHQN.shape)
+        for inside in range(c):
+            key = (selection.blocks_BHQN.long() * c + inside).clamp(0, selection.n_keys - 1)
+            expected += mask.gather(-1, key) & (selection.blocks_BHQN >= 0)
+        assert torch.equal(keys.summed(there.float()), expected)
+        bias = torch.arange(expected.numel()).view_as(expected).float()
+        assert torch.equal(keys.summed(keys.spread(bias)), bias * expected)
+
+
+def test_last_queries_of_small_blocks():
+    whole = make_selection(70, (4, 1), sinks=2, budget=30, documents=True)
+    part = type(whole)(whole.spec, whole.blocks_BHQN[:, :, 37:], 33, 70, 37, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole)
+    check(part, (q[:, 37:], k, v, bias[:, :, 37:]))
+
+
 def test_unions_in_little_scratch(monkeypatch, owned_keys):
     from gsa_kernels.sparse_attention import triton_union
 
@@ -149,6 +211,37 @@ def test_unions_in_little_scratch(monkeypatch, owned_keys):
     selection = make_selection(70, (1, 1), sinks=0)
     q, k, v, bias = inputs(selection, 2, 1)
     check(selection, (torch.zeros_like(q), k, v, bias))  # every logit equal but for the bias
+
+
+@owned
+@pytest.mark.parametrize("granularity", [(1, 1), (16, 1)], ids=granularity_id)
+def test_unions_of_some_groups_at_a_time(granularity, owned, monkeypatch, owned_keys):
+    from gsa_kernels.sparse_attention import triton_union
+
+    if granularity[0] > 1 and owned:
+        pytest.skip("only single keys can be owned")
+    owned_keys(owned)
+    whole = make_selection(340, granularity, window=20, sinks=3, budget=60, documents=True)
+    part = type(whole)(whole.spec, whole.blocks_BHQN[:, :, 37:], 303, 340, 37, whole.doc_start_BS)
+    monkeypatch.setattr(triton_union, "_SCRATCH", 1)
+    assert triton_union.parts(part, 0) == [(0, 16), (16, 4)]
+    q, k, v, bias = inputs(whole, 2, 1)
+    check(part, (q[:, 37:], k, v, bias[:, :, 37:]))
+
+
+def test_unions_of_long_lists_take_bounded_memory():
+    from gsa_kernels.selection import Selection, SelectionSpec
+    from gsa_kernels.sparse_attention import triton_union
+
+    length = 131072
+    spec = SelectionSpec(1, 1, window=128, sinks=64)
+    blocks = torch.empty(1, 1, length, 1856, dtype=torch.int32, device="meta")
+    found = triton_union.parts(Selection(spec, blocks, length, length), 0)
+    assert sum(size for _, size in found) == length // 16
+    assert [first for first, _ in found] == [found[0][1] * i for i in range(len(found))]
+    union, bits = 2 * 4 * 16 * (1856 + 64), 2 * length
+    assert max(size for _, size in found) * (union + bits) < 3 << 27
+    assert all(size % 16 == 0 for _, size in found)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -265,7 +358,7 @@ def test_refusals():
     for granularity, word in (
         ((5, 16), "key blocks"),
         ((16, 8), "query tiles"),
-        ((4, 1), "per block and query"),
+        ((3, 1), "key blocks"),
     ):
         selection = on_device(make_selection(40, granularity))
         q, k, v, _ = (x.to(DEVICE, torch.float32) for x in inputs(selection))
@@ -273,11 +366,12 @@ def test_refusals():
             sparse_attention(q, k, v, selection, impl="triton")
 
 
+@pytest.mark.parametrize("granularity", [(16, 16), (4, 1)], ids=granularity_id)
 @pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
-def test_one_compiled_graph(documents):
+def test_one_compiled_graph(documents, granularity):
     from gsa_kernels.sparse_attention.api import sparse_attention
 
-    selection = on_device(make_selection(63, (16, 16), documents=documents))
+    selection = on_device(make_selection(63, granularity, documents=documents))
     q, k, v, bias = (x.to(DEVICE, torch.float32).requires_grad_() for x in inputs(selection))
 
     def layer(q, k, v, bias):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import make_factors
-from test_triton_select import DEVICE, DTYPES, docs_of, documents, low
+from test_triton_select import DEVICE, DTYPES, docs_of, documents, low, whole_numbers
 
 from gsa_kernels.select import select
 from gsa_kernels.selection import SelectionSpec
@@ -31,7 +31,13 @@ SPEC = SelectionSpec(1, 1, window=7, sinks=2)
 @pytest.fixture
 def short_lists(monkeypatch):
     """Rows of more than 40 keys count as long; the function sets how many scores lists hold."""
-    from gsa_kernels.select import filter_launch, filtering, kernels, triton_launch
+    from gsa_kernels.select import (
+        filter_launch,
+        filtering,
+        kernels,
+        statistics_launch,
+        triton_launch,
+    )
 
     plan = filtering.plan
 
@@ -43,6 +49,7 @@ def short_lists(monkeypatch):
         for module in (kernels, triton_launch):
             monkeypatch.setattr(module, "LONGEST", 40)
         monkeypatch.setattr(filter_launch, "PROGRAMS", 3)
+        monkeypatch.setattr(statistics_launch, "SEGMENT", 128)
         monkeypatch.setattr(filtering, "EVERY", 4)
         monkeypatch.setattr(filtering, "ROWS", 1)
         monkeypatch.setattr(filtering, "plan", shorter)
@@ -56,20 +63,18 @@ def misjudged(monkeypatch):
     from gsa_kernels.select import filter_launch
 
     seen = []
-    kernel = filter_launch.pick_kernel
+    run = filter_launch.run
 
-    class Watched:
-        def __getitem__(self, grid):
-            def launch(*args, **constants):
-                count, bound, want = args[1].sum(-1), args[2], args[9]
-                few = (count < want) & (bound > -torch.inf)
-                many = count > constants["CAP"]
-                seen.append((count.numel(), int(few.sum()), int(many.sum())))
-                return kernel[grid](*args, **constants)
+    def watched(kernel, grid, *args, **constants):
+        if kernel is filter_launch.pick_kernel:
+            count, bound = args[1].sum(-1), args[2]
+            want = args[3] if constants["HAS_WANTED"] else args[10]
+            few = (count < want) & (bound > -torch.inf)
+            many = count > constants["CAP"]
+            seen.append((count.numel(), int(few.sum()), int(many.sum())))
+        run(kernel, grid, *args, **constants)
 
-            return launch
-
-    monkeypatch.setattr(filter_launch, "pick_kernel", Watched())
+    monkeypatch.setattr(filter_launch, "run", watched)
     return seen
 
 
@@ -188,6 +193,110 @@ def test_scores_that_mislead_a_sample(short_lists, kind, activation):
     assert torch.equal(choice(factors), expected)
 
 
+def by_row(statistics):
+    """Budgets from 0 keys left to all of the 30, in no order of the rows."""
+    count, largest = statistics["count"], statistics["max"]
+    return 9 + (largest * 1e4 + count).long() % 22
+
+
+def names_of(rule):
+    return ("max",) if rule is by_row else ("variance", "entropy")
+
+
+def by_spread(statistics):
+    ratio = statistics["variance"] * 100 - statistics["entropy"]
+    return (20 * ratio).long().clamp(0, 30)
+
+
+def adaptive(factors, docs, spec, rule, k=30):
+    names = names_of(rule)
+    return select(factors, spec, rule, k, factors.n_queries, docs, None, names, impl="triton")
+
+
+@documents
+@pytest.mark.parametrize(
+    "spec, rows, places, rule",
+    [
+        (SPEC, 1000, 128, by_row),
+        (SPEC, 12, 32, by_spread),
+        (SelectionSpec(1, 4, window=7), 2, 128, by_spread),
+    ],
+    ids=["token", "chunks", "tile"],
+)
+def test_budgets_that_follow_statistics(
+    short_lists, misjudged, spec, rows, places, rule, documents
+):
+    factors, docs = late(queries=24), docs_of(KEYS, documents)
+    short_lists(places, rows)
+    got = adaptive(factors, docs, spec, rule)
+    assert sum(rows for rows, _, _ in misjudged) == 2 * 24 // spec.query_tile
+    assert places == 128 or any(many for _, _, many in misjudged)
+    budgets = rule(got.statistics)
+    left = (budgets - spec.window - spec.sinks).clamp_min(0)
+    assert torch.equal((got.selection.blocks_BHQN >= 0).sum(-1), left)
+    assert left.unique().numel() > 4
+
+    scores = {}
+
+    def written(statistics):
+        scores.update(statistics)
+        return budgets
+
+    names = (*names_of(rule), "histogram")  # of every score
+    expected = select(factors, spec, written, 30, 24, docs, None, names, impl="triton")
+    assert len(misjudged) == -(-24 // spec.query_tile // rows)
+    assert torch.equal(got.selection.blocks_BHQN, expected.selection.blocks_BHQN)
+    for name in ("count", *names_of(rule)):
+        torch.testing.assert_close(got.statistics[name], scores[name], rtol=1e-5, atol=1e-6)
+
+
+def test_budgets_of_short_rows_before_long_ones_and_of_few_rows(short_lists, monkeypatch):
+    """The same for a whole sequence, its last queries, and one query at a time."""
+    from gsa_kernels.select import filtering
+
+    factors = replace(low(whole_numbers(60), torch.float16), activation="sigmoid", scale=0.1)
+    short_lists()
+    whole = adaptive(factors, None, SPEC, by_spread)
+    monkeypatch.setattr(filtering, "ROWS", 10**6)  # no lists
+    for start, stop in [(30, 60), (40, 41), (59, 60)]:
+        rows = factors.rows(torch.arange(start, stop, device=DEVICE))
+        piece = replace(rows, q_start=start, k_BSI=factors.k_BSI[:, :stop])
+        got = adaptive(piece, None, SPEC, by_spread)
+        for name in whole.statistics:
+            expected = whole.statistics[name][:, :, start:stop]
+            assert torch.equal(got.statistics[name], expected), (name, start)
+        blocks = got.selection.blocks_BHQN
+        assert torch.equal(
+            blocks, whole.selection.blocks_BHQN[:, :, start:stop, : blocks.shape[-1]]
+        )
+
+
+def test_budgets_go_on_inside_a_tile(short_lists):
+    factors = replace(low(whole_numbers(100), torch.float16), activation="sigmoid", scale=0.1)
+    spec, names = SelectionSpec(1, 4, window=7), ("variance", "entropy")
+    short_lists()
+    whole = adaptive(factors, None, spec, by_spread)
+    tail = None
+    for start, stop in [(0, 58), (58, 75), (75, 100)]:
+        rows = factors.rows(torch.arange(start, stop, device=DEVICE))
+        piece = replace(rows, q_start=start, k_BSI=factors.k_BSI[:, :stop])
+        given = (by_spread, 30, stop - start, None, tail, names)
+        got = select(piece, spec, *given, impl="triton").selection
+        expected = whole.selection.rows(start, stop).blocks_BHQN[..., : got.blocks_BHQN.shape[-1]]
+        assert torch.equal(got.blocks_BHQN, expected)
+        tail = got.tail()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on a GPU ends the process")
+def test_nan_is_refused_whatever_the_budget(short_lists):
+    short_lists()
+    factors = late()
+    factors.k_BSI[1, 30] = torch.nan
+    for rule in (by_spread, lambda statistics: torch.zeros_like(statistics["count"]).long()):
+        with pytest.raises(ValueError, match="not finite"):
+            adaptive(factors, None, SPEC, rule)
+
+
 @pytest.mark.parametrize("places", [64, 256])
 @pytest.mark.parametrize("part", ["q_BTJI", "k_BSI", "weight_BTJ"])
 @pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on a GPU ends the process")
@@ -207,6 +316,7 @@ def test_no_result_depends_on_uninitialised_memory(short_lists, monkeypatch):
     factors, docs = late(), docs_of(KEYS, True)
     expected = choice(factors, docs)
     short_lists(places=64)
+    rule = adaptive(factors, docs, SPEC, by_spread).selection.blocks_BHQN
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -215,6 +325,8 @@ def test_no_result_depends_on_uninitialised_memory(short_lists, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert torch.equal(choice(factors, docs), expected)
+    got = adaptive(factors, docs, SPEC, by_spread).selection.blocks_BHQN
+    assert torch.equal(got, rule)
 
 
 @triton.jit
@@ -261,23 +373,31 @@ def test_plans():
     assert of(131072, 12000) is None
 
 
-def test_operator_is_registered_truthfully():
-    from gsa_kernels.select import filtering, ops
+def test_operator_is_registered_truthfully(monkeypatch):
+    from gsa_kernels.select import filter_launch, filtering, ops
 
+    monkeypatch.setattr(filter_launch, "PROGRAMS", 3)
     factors, docs = late(), docs_of(KEYS, True)
     sample = filtering.sample_of(factors.k_BSI, 4)
     args = (factors.q_BTJI, factors.k_BSI, sample, factors.weight_BTJ, factors.bias_J, docs)
-    args = (*args, 9, 10, [1, 7, 3, factors.q_start], [293, 298, 291], 64, 4, 0.3, True, 1)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.filtered_keys_operator, args, test_utils=checks)
+    rest = (9, 10, [1, 7, 3, factors.q_start], [293, 298, 291], 64, 4, 0.3, True, 1)
+    wanted = torch.full((2, 1, 5), 7, dtype=torch.int32, device=DEVICE)
+    for each in (None, wanted):
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(ops.filtered_keys_operator, (*args, each, *rest), test_utils=checks)
 
 
 def test_one_compiled_graph(short_lists):
     factors = late(queries=4)
     short_lists()
 
-    def choose(q):
-        return choice(replace(factors, q_BTJI=q)) + 1
+    def choose(q, by_rule):
+        given = replace(factors, q_BTJI=q)
+        if by_rule:
+            return adaptive(given, None, SPEC, by_spread).selection.blocks_BHQN + 1
+        return choice(given) + 1
 
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(factors.q_BTJI), choose(factors.q_BTJI))
+    for by_rule in (False, True):
+        expected = choose(factors.q_BTJI, by_rule)
+        assert torch.equal(compiled(factors.q_BTJI, by_rule), expected)

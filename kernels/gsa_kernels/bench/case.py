@@ -129,7 +129,7 @@ class Case:
         spec, f, n = self.spec, self.factors, self.q.shape[1]
         name, _ = choose("auto", f, spec, self.budget)
         width = spec.max_blocks(self.budget, f.k_BSI.shape[1])
-        rows = _rows(name, f, spec, n, None, False, width)
+        rows = _rows(name, f, spec, n, None, width=width)
         tile, tiles, first = 0, n_tiles(spec, n, f.q_start), f.q_start // spec.query_tile
         while tile < tiles:
             stop = min(tiles, rows.stop(tile))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gsa_kernels.launch import run
 from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from .fp8 import product_dtype
@@ -24,7 +25,8 @@ def running_pool(
     out = torch.empty(batch, keys, folds * width, device=k_BSI.device, dtype=dtype)
     if out.numel():
         k_BSI = readable(k_BSI, dtype)
-        running_kernel[(ceil_div(keys, pool), batch)](
+        run(
+            running_kernel, (ceil_div(keys, pool), batch),
             k_BSI, k_BSI if docs_BS is None else docs_BS, out,
             keys, k_BSI.stride(0),
             WIDTH=width, BI=power_of_2(width), POOL=pool, MEAN=pooling == "mean", FOLDS=folds,
@@ -62,7 +64,8 @@ def survivor_scores(
     bn = max(min(32 if wide else 64, power_of_2(ratio * block)), block, 16)
     programs = ceil_div(rows, bm) * batch * heads
     span = ceil_div(slots, min(slots, ceil_div(PROGRAMS, programs)))
-    survivor_kernel[(ceil_div(rows, bm), ceil_div(slots, span), batch * heads)](
+    run(
+        survivor_kernel, (ceil_div(rows, bm), ceil_div(slots, span), batch * heads),
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,
         weight_BTJ if docs_BS is None else docs_BS, lists_BHQP, out,
         queries, n_positions(docs_BS), q_start, first_tile, rows, key_rows, k_BNPI.stride(0),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gsa_kernels.launch import run
 from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from .fp8 import FP8, product_dtype
@@ -62,7 +63,8 @@ def pool_keys(
     step = min(128, power_of_2(block))
     each = max(1, 8192 // padded(width) // step)
     k_BSI = readable(k_BSI, dtype)
-    pool_kernel[(ceil_div(n, each), batch)](
+    run(
+        pool_kernel, (ceil_div(n, each), batch),
         k_BSI, k_BSI if docs_BS is None else docs_BS, out,
         keys, k_BSI.stride(0), n,
         WIDTH=width, BI=padded(width), C=block, CP=step, BB=each, PARTS=parts,
@@ -101,7 +103,8 @@ def block_scores(
     block = power_of_2(c) if single else 1
     shape = _shape(rows, padded(width), block, wide)
     grid = (ceil_div(columns * block, shape.keys), ceil_div(rows, shape.rows), batch * heads)
-    score_kernel[grid](
+    run(
+        score_kernel, grid,
         q_BTJI, k_BNPI, weight_BTJ, weight_BTJ if bias_J is None else bias_J,
         weight_BTJ if docs_BS is None else docs_BS,
         weight_BTJ if running_BSI is None else running_BSI, out,

@@ -87,7 +87,7 @@ def select(
             factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
         )
     width = spec.max_blocks(max_keys, factors.k_BSI.shape[1])
-    rows = _rows(name, factors, spec, n_queries, doc_start_BS, bool(names) or prove, width)
+    rows = _rows(name, factors, spec, n_queries, doc_start_BS, names, prove, width)
     return chunked.run(
         rows, factors, spec, budget, max_keys, n_queries, doc_start_BS, previous, names, prove
     )
@@ -130,22 +130,23 @@ def _rows(
     spec: SelectionSpec,
     n_queries: int,
     doc_start_BS: Tensor | None,
-    statistics: bool,
+    names: tuple[str, ...] = (),
+    prove: bool = False,
     width: int = 0,
 ) -> "chunked.Rows":
-    """width: as FactorRows'."""
+    """names, width: as FactorRows'."""
     from . import eager, kernels
 
     fused = name == "triton" and kernels.scores_in_kernel(factors)
     layout = None
-    if statistics or not fused:  # many small tensors
+    if names or prove or not fused:  # many small tensors
         n_keys, device = factors.k_BSI.shape[1], factors.k_BSI.device
         layout = tile_layout(spec, n_queries, n_keys, factors.q_start, doc_start_BS, device)
     if fused:
         assert isinstance(factors, IndexFactors)
         if isinstance(factors, HierarchicalFactors):
             return kernels.CoarseRows(factors, spec, layout, doc_start_BS)
-        return kernels.FactorRows(factors, spec, layout, doc_start_BS, width)
+        return kernels.FactorRows(factors, spec, layout, doc_start_BS, width, names)
     assert layout is not None
     rows = kernels.KernelRows if name == "triton" else eager.EagerRows
     return rows(factors, layout, doc_start_BS)

@@ -25,6 +25,12 @@ class Rows(ABC):
     @abstractmethod
     def score(self, tiles: slice, n_blocks: int) -> Scored: ...
 
+    def statistics(
+        self, scored: Scored, tiles: slice, names: tuple[str, ...], n_blocks: int
+    ) -> dict[str, Tensor]:
+        """The statistics named, [B, H, tiles, ...] float32 each."""
+        return candidate_statistics(scored.scores, scored.allowed, names)
+
     @abstractmethod
     def choose(
         self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int
@@ -73,10 +79,11 @@ def run(
         shape = (*lists, stop - tile)
         if n_blocks and (width or names or prove):
             scored = rows.score(part, n_blocks)
+            values = rows.statistics(scored, part, names, n_blocks)
         else:
             none = torch.zeros(*shape, 0, device=device)
             scored = Scored(none, none.bool())
-        values = candidate_statistics(scored.scores, scored.allowed, names)
+            values = candidate_statistics(none, scored.allowed, names)
         for name, parts in found.items():
             parts.append(values[name])
         keys = budget(values) if callable(budget) else budget

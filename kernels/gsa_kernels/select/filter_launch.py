@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gsa_kernels.index_score.fp8 import product_dtype
 from gsa_kernels.index_score.triton_launch import block_scores, n_positions, readable
+from gsa_kernels.launch import run
 from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from .triton_exact import DIGITS, LONGEST_SPLIT, digit_kernel, write_kernel
@@ -25,7 +26,8 @@ def filtered_keys(
     weight: Tensor,
     bias: Tensor | None,
     docs: Tensor | None,
-    wanted: int,
+    wanted: Tensor | None,
+    most: int,
     width: int,
     sizes: list[int],
     tiles: list[int],
@@ -42,6 +44,7 @@ def filtered_keys(
     batch, queries, index_heads, channels = q.shape
     rows, lists, device = stop - first_tile, batch * heads, q.device
     held = weight if docs is None else docs
+    each = weight if wanted is None else wanted
     s = n_positions(docs)
     range_of = dict(H=heads, R=r, WINDOW=window, SINKS=sinks, HAS_DOCS=docs is not None)
     per_row = (batch, heads, rows)
@@ -53,9 +56,10 @@ def filtered_keys(
             [first_tile, stop, columns // stride], scale, sigmoid, heads, False, None, stride,
         )  # fmt: skip
         bn = max(128, power_of_2(columns // stride))
-        threshold_kernel[(rows, lists)](
-            scores, held, bound, s, first_tile, rows, scores.shape[-1], wanted,
-            **range_of, STRIDE=stride, CAP=places, BN=bn,
+        run(
+            threshold_kernel, (rows, lists),
+            scores, held, each, bound, s, first_tile, rows, scores.shape[-1], most,
+            **range_of, STRIDE=stride, CAP=places, HAS_WANTED=wanted is not None, BN=bn,
             num_warps=min(32, max(1, bn // SAMPLES_PER_WARP)),
         )  # fmt: skip
         return bound
@@ -70,7 +74,8 @@ def filtered_keys(
         WIDE=q.dtype != product_dtype(q, k) or q.dtype == torch.float32,
         HAS_BIAS=bias is not None,
     )  # fmt: skip
-    filter_kernel[(ceil_div(rows, ROWS), 2, lists)](
+    run(
+        filter_kernel, (ceil_div(rows, ROWS), 2, lists),
         q, k, weight, weight if bias is None else bias, held, bound, items, count,
         queries, s, q_start, first_tile, rows, k.shape[1], scale,
         **common, CAP=places, BM=ROWS, BN=KEYS if index_heads <= 4 * heads else 32, STAGES=STAGES,
@@ -81,21 +86,28 @@ def filtered_keys(
     named = torch.empty(per_row, device=device, dtype=torch.int32)
     n_named = torch.zeros(batch, heads, device=device, dtype=torch.int32)
     total = torch.empty(*per_row, DIGITS, 16, device=device, dtype=torch.int32)
-    pick_kernel[(rows, lists)](
-        items, count, bound, out, named, n_named, total, fine, rows, wanted, width,
-        CAP=places, TOTALS=DIGITS * 16, BW=fill,
+    run(
+        pick_kernel, (rows, lists),
+        items, count, bound, each, out, named, n_named, total, fine, rows, most, width,
+        CAP=places, TOTALS=DIGITS * 16, HAS_WANTED=wanted is not None, BW=fill,
         num_warps=min(32, max(1, places // PLACES_PER_WARP)),
     )  # fmt: skip
     programs = max(1, PROGRAMS // lists)
     n_items = max(programs, ceil_div(rows, EXACT_ROWS) * ceil_div(columns, LONGEST_SPLIT.value))
     parts = torch.empty(lists, n_items, 17, EXACT_ROWS, device=device, dtype=torch.int32)
-    inputs = (q, k, weight, weight if bias is None else bias, held, named, n_named, total, parts)
-    numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, wanted)
+    inputs = (q, k, weight, weight if bias is None else bias, held)
+    rows_of = (each, named, n_named, total, parts)
+    numbers = (queries, s, q_start, first_tile, rows, columns, k.shape[1], n_items, most)
     common.update(
-        DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS, num_warps=EXACT_WARPS,
+        HAS_WANTED=wanted is not None, DIGITS=DIGITS, SPLITS=SPLITS, BM=EXACT_ROWS,
+        num_warps=EXACT_WARPS,
         BN=EXACT_KEYS if index_heads <= 4 * heads else EXACT_KEYS // 2,
     )  # fmt: skip
     for level in range(DIGITS):
-        digit_kernel[(programs, lists)](*inputs, *numbers, level, scale, **common)
-    write_kernel[(programs, lists)](*inputs, out, fine, *numbers, width, scale, **common, BW=fill)
+        run(digit_kernel, (programs, lists), *inputs, *rows_of, *numbers, level, scale, **common)
+    run(
+        write_kernel, (programs, lists),
+        *inputs, *rows_of, out, fine, *numbers, width, scale,
+        **common, BW=fill,
+    )  # fmt: skip
     return out

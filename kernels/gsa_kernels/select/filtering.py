@@ -27,18 +27,24 @@ class Plan:
     rows: int  # of a list at a time
 
 
+def streams(factors: IndexFactors, spec: SelectionSpec) -> bool:
+    """Whether kernels walk single keys with a row's queries held; the number of rows or keys has
+    no say, so that decoding takes the statistics that a whole sequence does."""
+    heads, channels = factors.q_BTJI.shape[2:]
+    dtype = factors.q_BTJI.dtype
+    if spec.key_block > 1 or dtype.itemsize != 2:
+        return False
+    if dtype != product_dtype(factors.q_BTJI, factors.k_BSI):
+        return False
+    return heads // factors.heads * padded(channels) <= CHANNELS
+
+
 def plan(
     factors: IndexFactors, spec: SelectionSpec, width: int, tiles: int, longest: int
 ) -> Plan | None:
     """How to choose `width` keys at most of rows of more than `longest`; None: as blocks are."""
-    heads, channels = factors.q_BTJI.shape[2:]
     keys, lists = factors.k_BSI.shape[1], factors.q_BTJI.shape[0] * factors.heads
-    if spec.key_block > 1 or keys <= longest or not width or tiles * lists < ROWS:
-        return None
-    dtype = factors.q_BTJI.dtype
-    if dtype != product_dtype(factors.q_BTJI, factors.k_BSI) or dtype.itemsize != 2:
-        return None
-    if heads // factors.heads * padded(channels) > CHANNELS:
+    if keys <= longest or not width or tiles * lists < ROWS or not streams(factors, spec):
         return None
     stride = EVERY
     while keys // stride > SAMPLES:

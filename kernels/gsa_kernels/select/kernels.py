@@ -16,6 +16,7 @@ from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 from . import filtering, ops
 from .chunked import Rows
 from .eager import EagerRows, named
+from .statistics import STATISTICS
 
 SCORES_HELD = 1 << 25  # float32 numbers: 128 MiB
 LONGEST = 4096  # columns of a row that a program holds in registers
@@ -84,7 +85,9 @@ class KernelRows(EagerRows):
 
 class FactorRows(Rows):
     """IndexFactors, whose scores have a kernel. The layout is only for statistics. width: the most
-    blocks chosen per tile; with 0 all scores are written, however long the rows."""
+    blocks chosen per tile; with 0 all scores are written, however long the rows. names: the
+    statistics that will be asked for; of long rows of single keys all but a histogram are taken
+    without writing scores."""
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class FactorRows(Rows):
         layout: TileLayout | None,
         doc_start_BS: Tensor | None,
         width: int = 0,
+        names: tuple[str, ...] = (),
     ) -> None:
         self.factors = factors
         self.spec, self.tile_layout = spec, layout
@@ -108,12 +112,17 @@ class FactorRows(Rows):
         self.keys: Tensor | None = None
         self.sample: Tensor | None = None
         self.plan: filtering.Plan | None = None
-        if layout is None and type(factors) is IndexFactors:  # statistics read all scores
+        self.streams = False
+        if type(factors) is IndexFactors and "histogram" not in names:  # it reads all scores
             self.plan = filtering.plan(factors, spec, width, self.tiles, LONGEST)
+            self.streams = bool(names) and filtering.streams(factors, spec)
 
     def filtered(self, tile: int) -> bool:
         """Whether the tile's chunk is chosen from lists: its rows are long."""
-        return self.plan is not None and self._reach(tile) > LONGEST
+        return self.plan is not None and self._long(tile)
+
+    def _long(self, tile: int) -> bool:
+        return self._reach(tile) > LONGEST
 
     def _reach(self, tile: int) -> int:
         return (self.first_tile + tile) * self.spec.query_tile + 1
@@ -128,7 +137,7 @@ class FactorRows(Rows):
         rows = min(rows, self.tiles - tile)
         if self.plan is not None and self.filtered(tile):
             rows = min(self.plan.rows, self.tiles - tile)
-        elif self.plan is not None:
+        elif (self.plan is not None or self.streams) and not self._long(tile):
             rows = min(rows, (LONGEST - reach) // r + 1)
         elif reach + rows * r > LONGEST * c:
             rows = min(rows, max(LONG_ROWS // lists, (LONGEST * c - reach) // r))
@@ -155,10 +164,34 @@ class FactorRows(Rows):
             factors.heads,
             single,
         )
-        # Without statistics nobody asks who is allowed.
         layout, view = self.tile_layout, scores[..., :n_blocks]
-        allowed = view if layout is None else layout.candidates(tiles, n_blocks)[:, None]
-        return _Held(view, allowed, buffer=scores)
+        if layout is None or self._streamed(tiles):  # nobody asks who is allowed
+            return _Held(view, view, buffer=scores)
+        return _Held(view, layout.candidates(tiles, n_blocks)[:, None], buffer=scores)
+
+    def _streamed(self, tiles: slice) -> bool:
+        return self.streams and self._long(tiles.start)
+
+    def statistics(
+        self, scored: Scored, tiles: slice, names: tuple[str, ...], n_blocks: int
+    ) -> dict[str, Tensor]:
+        if not self._streamed(tiles):
+            return super().statistics(scored, tiles, names, n_blocks)
+        factors = self.factors
+        found = ops.key_statistics(
+            self.q,
+            rows_together(factors.k_BSI),
+            self.weight,
+            self.bias,
+            self.docs,
+            [*self.sizes[1:], factors.q_start],
+            [self.first_tile + tiles.start, self.first_tile + tiles.stop, n_blocks],
+            float(factors.scale),
+            factors.activation == "sigmoid",
+            factors.heads,
+            "entropy" in names,
+        )
+        return {name: x for name, x in zip(STATISTICS, found) if name in names}
 
     def _scored_keys(self, single: bool) -> Tensor:
         k, block = rows_together(self.factors.k_BSI), self.spec.key_block
@@ -173,15 +206,15 @@ class FactorRows(Rows):
     ) -> Tensor:
         first = self.first_tile + tiles.start
         if self.plan is not None and self.filtered(tiles.start):
-            assert isinstance(wanted, int)
             return self._from_lists(self.plan, tiles, wanted, most, n_blocks)
         assert isinstance(scored, _Held) and scored.buffer is not None
         return _top(scored.buffer, n_blocks, wanted, most, self.docs, self.sizes, first)
 
     def _from_lists(
-        self, plan: filtering.Plan, tiles: slice, wanted: int, width: int, n_blocks: int
+        self, plan: filtering.Plan, tiles: slice, wanted: int | Tensor, width: int, n_blocks: int
     ) -> Tensor:
         factors = self.factors
+        each, most = _each_and_most(wanted, width)
         if self.sample is None:
             self.sample = filtering.sample_of(factors.k_BSI, plan.stride)
         return ops.filtered_keys(
@@ -191,7 +224,8 @@ class FactorRows(Rows):
             self.weight,
             self.bias,
             self.docs,
-            wanted,
+            each,
+            most,
             width,
             [*self.sizes[1:], factors.q_start],
             [self.first_tile + tiles.start, self.first_tile + tiles.stop, n_blocks],
@@ -317,8 +351,13 @@ def _top(
     parents: Tensor | None = None,
     ratio: int = 1,
 ) -> Tensor:
-    most, each = (wanted, None) if isinstance(wanted, int) else (width, wanted)
-    each = None if each is None else each.to(torch.int32).contiguous()
+    each, most = _each_and_most(wanted, width)
     return ops.top_blocks(
         scores, columns, each, most, width, docs, sizes, first_tile, parents, ratio
     )
+
+
+def _each_and_most(wanted: int | Tensor, width: int) -> tuple[Tensor | None, int]:
+    if isinstance(wanted, int):
+        return None, wanted
+    return wanted.to(torch.int32).contiguous(), width

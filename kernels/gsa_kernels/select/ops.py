@@ -65,7 +65,8 @@ def _filtered_keys(
     weight: Tensor,
     bias: Tensor | None,
     docs: Tensor | None,
-    wanted: int,
+    wanted: Tensor | None,
+    most: int,
     width: int,
     sizes: list[int],
     tiles: list[int],
@@ -78,12 +79,12 @@ def _filtered_keys(
     """[B, H, rows, width] int32: the best single keys at the anchors of tiles, as top_blocks of
     their block_scores; of these only some are held. No gradient.
 
-    q [B, T, J, I], k [B, S, I], weight [B, T, J], bias [J], docs [B, S]. wanted: at most
-    width. sample [B, S // stride, 1, I]: of every `stride` keys one, by
-    whose scores the choice is short; it is the same for any sample. sizes: R, window, sinks,
-    q_start. tiles: the first one, the one after the last, and the columns that the last can reach.
-    places: scores held per row, more than are wanted (see filtering.Plan). Raises ValueError on
-    NaN (a CUDA device asserts instead).
+    q [B, T, J, I], k [B, S, I], weight [B, T, J], bias [J], docs [B, S]. wanted [B, H, rows]
+    int32 or None; never more than `most`, nor width. sample [B, S // stride, 1, I]: of every
+    `stride` keys one, by whose scores the choice is short; it is the same for any sample.
+    sizes: R, window, sinks, q_start. tiles: the first one, the one after the last, and the
+    columns that the last can reach. places: scores held per row, more than are wanted (see
+    filtering.Plan). Raises ValueError on NaN (a CUDA device asserts instead).
     """
     from . import filter_launch
 
@@ -96,6 +97,7 @@ def _filtered_keys(
         bias,
         docs,
         wanted,
+        min(most, width),
         width,
         sizes,
         tiles,
@@ -117,6 +119,45 @@ filtered_keys = undispatched(_filtered_keys, filtered_keys_operator)
 
 
 @filtered_keys_operator.register_fake
-def _(q, k, sample, weight, bias, docs, wanted, width, sizes, tiles, *rest):  # type: ignore[no-untyped-def]
+def _(q, k, sample, weight, bias, docs, wanted, most, width, sizes, tiles, *rest):  # type: ignore[no-untyped-def]
     shape = (q.shape[0], rest[-1], tiles[1] - tiles[0], width)
     return q.new_empty(shape, dtype=torch.int32)
+
+
+def _key_statistics(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    docs: Tensor | None,
+    sizes: list[int],
+    tiles: list[int],
+    scale: float,
+    sigmoid: bool,
+    heads: int,
+    entropy: bool,
+) -> Tensor:
+    """[4 or 5, B, H, rows] float32: count, mean, variance, max and, if asked for, entropy of the
+    scores of single keys at the anchors of tiles (statistics.py); no score is held. No gradient.
+
+    q [B, T, J, I], k [B, S, I] with keys one behind the other, weight [B, T, J], bias [J], docs
+    [B, S]. sizes, tiles: as filtered_keys'. A row's statistics do not depend, in any bit, on the
+    other rows or on S. NaN where a candidate is NaN, but for count and max.
+    """
+    from . import statistics_launch
+
+    return statistics_launch.key_statistics(
+        q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, entropy
+    )
+
+
+key_statistics_operator = torch.library.custom_op(
+    "gsa::key_statistics", _key_statistics, mutates_args=()
+)
+key_statistics = undispatched(_key_statistics, key_statistics_operator)
+
+
+@key_statistics_operator.register_fake
+def _(q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, entropy):  # type: ignore[no-untyped-def]
+    shape = (4 + entropy, q.shape[0], heads, tiles[1] - tiles[0])
+    return q.new_empty(shape, dtype=torch.float32)

@@ -12,7 +12,8 @@ other samples, which would leak the future or mix the batch. 0 where there is no
     histogram  candidates per bin of score, 8 bins an octave from 2^-24 to 2^8 [..., 256]; the
                first bin also holds everything below, the last everything above
 
-Sums are taken in float64, so that their order (a chunk, one tile, a kernel) does not show.
+Sums are taken in float64, so that their order (a chunk, one tile, a kernel) does not show. Those
+of long rows of single keys are the kernels' (triton_statistics.py), whose order never changes.
 """
 
 import torch

@@ -17,7 +17,7 @@ import triton.language as tl
 from gsa_kernels.index_score.triton_scores import candidate_range, unpacked
 
 from .triton_filter import queries, scores_of
-from .triton_select import EMPTY, fill, ordered
+from .triton_select import EMPTY, fill, ordered, wanted_of
 
 DIGITS = 5
 LEAST = tl.constexpr(-(1 << 19))  # no key is lower
@@ -46,7 +46,7 @@ def narrowed(total_ptr, slot, ok, want, done, DIGITS: tl.constexpr):
     thresholds `done` digits are counted."""
     low = tl.zeros_like(slot).to(tl.int32) + LEAST
     digit = low * 0
-    wanted = low * 0 + want
+    wanted = want
     n = tl.arange(0, 16)[None, :]
     for level in range(done):
         at = (slot * DIGITS + level)[:, None] * 16 + n
@@ -76,7 +76,7 @@ def item_range(first, end, split, splits):
         "columns",
         "key_rows",
         "items",
-        "want",
+        "most",
         "level",
     ]
 )
@@ -86,6 +86,7 @@ def digit_kernel(
     weight_ptr,  # [B, T, J]
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
+    wanted_ptr,  # [B, H, rows] int32, where HAS_WANTED
     named_ptr,  # [B, H, rows] int32: rows to choose for, in no order
     n_named_ptr,  # [B, H] int32
     total_ptr,  # [B, H, rows, DIGITS, 16] int32: of a row's keys, those that reach a threshold
@@ -98,7 +99,7 @@ def digit_kernel(
     columns,
     key_rows,
     items,
-    want,
+    most,
     level,  # which digit, from the highest
     scale,
     J: tl.constexpr,
@@ -112,6 +113,7 @@ def digit_kernel(
     WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DOCS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
     DIGITS: tl.constexpr,
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
@@ -139,6 +141,7 @@ def digit_kernel(
         qs, weights, biases = queries(
             q_ptr, weight_ptr, bias_ptr, q_line, ok, h, unit, JH, WIDTH, BI, HAS_BIAS
         )
+        want = wanted_of(wanted_ptr, which * rows + row, ok, most, HAS_WANTED)
         low, _, _ = narrowed(total_ptr, slot, ok, want, level, DIGITS)
         begin, stop = item_range(first, end, item % splits, splits)
         # Keys of four buckets in the bytes of a word, and of many steps in 16 bits each.
@@ -188,7 +191,7 @@ def digit_kernel(
         "columns",
         "key_rows",
         "items",
-        "want",
+        "most",
         "width",
     ]
 )
@@ -198,6 +201,7 @@ def write_kernel(
     weight_ptr,
     bias_ptr,
     docs_ptr,
+    wanted_ptr,
     named_ptr,
     n_named_ptr,
     total_ptr,
@@ -212,7 +216,7 @@ def write_kernel(
     columns,
     key_rows,
     items,
-    want,
+    most,
     width,
     scale,
     J: tl.constexpr,
@@ -226,6 +230,7 @@ def write_kernel(
     WIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DOCS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
     DIGITS: tl.constexpr,
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
@@ -247,6 +252,7 @@ def write_kernel(
         ok = rank < n_named
         slot = which * rows + rank
         row = tl.load(named_ptr + slot, mask=ok, other=0)
+        want = wanted_of(wanted_ptr, which * rows + row, ok, most, HAS_WANTED)
         threshold, wanted, digit = narrowed(total_ptr, slot, ok, want, DIGITS, DIGITS)
         above, place, ties, nan = row * 0, row * 0, row * 0, row * 0
         kept = item_ptr + (which * items + (item - split)) * (17 * BM) + tl.arange(0, BM)

@@ -30,7 +30,7 @@ from gsa_kernels.index_score.triton_scores import (
     unpacked,
 )
 
-from .triton_select import EMPTY, best, fill, has_nan, ordered, put
+from .triton_select import EMPTY, best, fill, has_nan, ordered, put, wanted_of
 
 
 @triton.jit
@@ -54,16 +54,17 @@ def misjudged(total, bound, want, CAP: tl.constexpr):
     return (total > CAP) | ((total < want) & (bound > float("-inf")))
 
 
-@triton.jit(do_not_specialize=["first_tile", "rows", "want"])
+@triton.jit(do_not_specialize=["first_tile", "rows", "most"])
 def threshold_kernel(
     sample_ptr,  # [B, H, rows, stride] float32: scores of some key of every STRIDE
     docs_ptr,  # [B, S]
+    wanted_ptr,  # [B, H, rows] int32, where HAS_WANTED
     bound_ptr,  # [B, H, rows] float32: the least score that is listed
     S,
     first_tile,
     rows,
     stride,
-    want,
+    most,
     H: tl.constexpr,
     R: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -71,6 +72,7 @@ def threshold_kernel(
     STRIDE: tl.constexpr,
     CAP: tl.constexpr,
     HAS_DOCS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
     BN: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -79,6 +81,7 @@ def threshold_kernel(
     first, end = candidate_range(
         b, first_tile + row, docs_ptr, S, row >= 0, 1, R, WINDOW, SINKS, HAS_DOCS
     )
+    want = wanted_of(wanted_ptr, entry, row >= 0, most, HAS_WANTED)
     rank = sample_rank(want, STRIDE)
     low, high = (first + (STRIDE - 1)) // STRIDE, end // STRIDE
     threshold = 0 * row + EMPTY
@@ -298,21 +301,23 @@ def filter_kernel(
     tl.store(count_ptr + entry * 2 + back, total, mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "want", "width"])
+@triton.jit(do_not_specialize=["rows", "most", "width"])
 def pick_kernel(
     list_ptr,  # [B, H, rows, CAP] int64
     count_ptr,  # [B, H, rows, 2] int32
     bound_ptr,  # [B, H, rows] float32
+    wanted_ptr,  # [B, H, rows] int32, where HAS_WANTED
     out_ptr,  # [B, H, rows, width] int32
     named_ptr,  # [B, H, rows] int32: rows whose guess was wrong, in no order
     n_named_ptr,  # [B, H] int32, of 0: how many
     total_ptr,  # [B, H, rows, TOTALS] int32, set to 0 for every row that is named
     fine_ptr,  # [1] int32, set to 0 where a candidate is NaN
     rows,
-    want,
+    most,
     width,
     CAP: tl.constexpr,
     TOTALS: tl.constexpr,
+    HAS_WANTED: tl.constexpr,
     BW: tl.constexpr,
 ):
     row = tl.program_id(0) + tl.arange(0, 1)
@@ -320,6 +325,7 @@ def pick_kernel(
     entry = tl.program_id(1).to(tl.int64) * rows + row
     front = tl.load(count_ptr + entry * 2)
     rear = tl.load(count_ptr + entry * 2 + 1)
+    want = wanted_of(wanted_ptr, entry, row_ok, most, HAS_WANTED)
     bad = misjudged(front + rear, tl.load(bound_ptr + entry), want, CAP)
     if tl.max(bad.to(tl.int32), 0) == 0:
         slot = tl.arange(0, CAP)[None, :]
@@ -328,7 +334,7 @@ def pick_kernel(
         score = (item >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         score = tl.where(ok, score, float("-inf"))
         tl.store(fine_ptr, 0, mask=has_nan(score))
-        place, chosen = best(ordered(score, True), row * 0 + want)
+        place, chosen = best(ordered(score, True), want)
         out = out_ptr + entry[:, None] * width
         put(out, place, item.to(tl.int32))
         fill(out, chosen, row_ok, width, BW)

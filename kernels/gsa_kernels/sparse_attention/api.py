@@ -52,9 +52,7 @@ def _no_kernel(spec: SelectionSpec | None, width: int) -> str:
         return ""
     if spec.key_block & (spec.key_block - 1) or spec.key_block > 128:
         return f"the kernels take key blocks of 1, 2, 4 .. 128 keys, not {spec.key_block}"
-    if spec.query_tile == 1 and 1 < spec.key_block < 16:
-        return f"the kernels take 1, 16, 32 .. 128 keys per block and query, not {spec.key_block}"
-    if spec.query_tile == 1 and spec.key_block > 1 and spec.window < 16:
+    if spec.query_tile == 1 and spec.key_block >= 16 and spec.window < 16:
         # United queries share the sinks of the first: a document that starts among them must
         # have its own sinks inside the window.
         return f"the kernels need a window of 16 keys or more, not {spec.window}"
@@ -154,6 +152,7 @@ def _triton(
     deterministic: bool | None,
 ) -> AttentionResult:
     from . import ops
+    from .single_keys import single_keys
 
     spec, docs = selection.spec, selection.doc_start_BS
     if deterministic is None:
@@ -169,10 +168,17 @@ def _triton(
     if q.shape[1] <= FEW_QUERIES and not (learn or need_mass):
         out, lse = ops.decode(q, k, v, blocks, bias, docs, gate, sizes, scale)
         return AttentionResult(out, lse.transpose(1, 2) if need_lse else None)
+    keys = None
+    if spec.query_tile == 1 and 1 < spec.key_block < 16:
+        keys = single_keys(replace(selection, doc_start_BS=docs))
+        blocks, sizes = keys.selection.blocks_BHQN, [1, 1, spec.window, 0, selection.q_start]
+        bias = None if bias is None else keys.spread(bias)
     k, v = k.contiguous(), v.contiguous()
     out, lse, mass, _ = ops.forward(
         q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, learn, deterministic
     )
+    if need_mass and keys is not None:
+        mass = keys.summed(mass)
     return AttentionResult(
         out, lse.transpose(1, 2) if need_lse else None, mass if need_mass else None
     )

@@ -13,15 +13,18 @@ import triton
 import triton.language as tl
 
 from .triton_forward import (
+    bias_of,
     first_local,
+    listed_keys,
     load_gate,
+    load_listed,
     load_range,
     mask_of,
+    not_attended,
     range_of_rows,
     tile_rows,
     whereabouts,
 )
-from .triton_union import pair_numbers, unchosen
 
 
 @triton.jit
@@ -190,54 +193,22 @@ def dq_kernel(
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
-        n = low + offs_n
-        n_ok = n < n_keys
-        if C % BN == 0:
-            row = tl.load(list_base + low // C) * C + low % C
-            key = row + offs_n
-        else:
-            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
+        row, key, n, n_ok = listed_keys(list_base, low, n_keys, C, BN)
         offset = key.to(tl.int64) * (K * E)
-        if TMA:
-            box = [b, row, kv_head * E]
-            k = k_desc.load(box).reshape([BN, BE]).T
-            v = v_desc.load(box).reshape([BN, BE]).T
-        elif BE == E:
-            k = tl.load(k_base + offset[None, :] + e[:, None])
-            v = tl.load(v_base + offset[None, :] + e[:, None])
-        else:
-            k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
-            v = tl.load(v_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
-        outside = tl.zeros([1, 1], tl.int32)
-        if HAS_DOCS:
-            outside = key[None, :] - start[:, None]
+        k = load_listed(k_base, k_desc, b, row, kv_head * E, offset, E, BE, BN, TMA, BE == E)
+        v = load_listed(v_base, v_desc, b, row, kv_head * E, offset, E, BE, BN, TMA, BE == E)
         query = position - tile * R
-        if UNION and C == 1:
-            bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            outside = outside | unchosen(bits[None, :], query[:, None])
-        elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
-            outside = outside | (bit - 1)[:, None]
-        elif C % BN != 0:
-            outside = outside | (n_keys - 1 - n)[None, :]
+        outside, bits = not_attended(
+            bits_ptr + entry * N, key, n, n_ok, low, n_keys, start, query, C, BN, UNION, HAS_DOCS
+        )  # fmt: skip
         mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
         extra = 0.0
         if HAS_BIAS:
-            if UNION and C == 1:
-                number, pairs = pair_numbers(pairs, bits, query)
-                chose = ((bits[None, :] >> query[:, None]) & 1) == 1
-                extra = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
-                extra = extra * 1.4426950408889634
-            elif UNION:
-                chose = row_ok & (bit == 1)
-                extra = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
-                extra = extra[:, None] * 1.4426950408889634
-            elif C % BN == 0:
-                at = tl.load(bias_ptr + entry * N + low // C)
-                extra = at * 1.4426950408889634
-            else:
-                at = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
-                extra = at[None, :] * 1.4426950408889634
+            extra, pairs = bias_of(
+                bias_ptr, entry, own_line, own, pairs, bits, n, n_ok, low, query, row_ok, N, OWN,
+                C, BN, UNION
+            )  # fmt: skip
+            extra = extra * 1.4426950408889634
         p, ds = softmax_backward(
             q, k, v, do, lse, delta, extra, mask, scale_log2, HAS_BIAS,
             HAS_DOCS or UNION or C % BN != 0
@@ -245,9 +216,9 @@ def dq_kernel(
         if UNION:
             if HAS_BIAS and C > 1:
                 at_own = ((b.to(tl.int64) * H + head) * T + t) * OWN + own
-                tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bit == 1))
+                tl.store(dbias_ptr + at_own, tl.sum(ds, 1), mask=row_ok & (bits == 1))
             if C > 1:
-                own += bit
+                own += bits
         elif HAS_BIAS:
             into = dbias_ptr + (((b * K + kv_head).to(tl.int64) * n_tiles + i) * PARTS + part) * N
             if C >= BN:

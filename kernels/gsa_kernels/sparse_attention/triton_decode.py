@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from . import triton_config as config
 from .triton_forward import first_local, load_gate, logits_of
@@ -198,24 +200,26 @@ def decode(
         - max((first_tile + i) * r - spec.window + 1, 0) // c * c
         for i in range(tiles)
     )
-    splits = triton.cdiv(selection.sink_slots * c + n * c + window, launch.keys)
+    splits = ceil_div(selection.sink_slots * c + n * c + window, launch.keys)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
     part = torch.empty(*q.shape[:3], splits, width, device=q.device, dtype=torch.float32)
     part_lse = torch.empty(*q.shape[:3], splits, device=q.device, dtype=torch.float32)
-    parts, be = triton.cdiv(rows, launch.rows), max(16, triton.next_power_of_2(width))
-    decode_kernel[(splits, tiles * parts, batch * kv_heads)](
+    parts, be = ceil_div(rows, launch.rows), padded(width)
+    run(
+        decode_kernel, (splits, tiles * parts, batch * kv_heads),
         q, k, v, part, part_lse, blocks, lse if bias is None else bias,
         blocks if docs is None else docs,
         queries, keys, selection.q_start, first_tile, tiles, n, k.stride(0), v.stride(0),
         scale * 1.4426950408889634,
         H=heads, K=kv_heads, E=width, BE=be, HS=blocks.shape[1], C=c, R=r, WINDOW=spec.window,
-        SINKS=spec.sinks, BL=min(1024, triton.next_power_of_2(max(n, 1))), PARTS=parts,
+        SINKS=spec.sinks, BL=min(1024, power_of_2(max(n, 1))), PARTS=parts,
         BM=launch.rows, BN=launch.keys,
         HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
         num_warps=launch.warps,
     )  # fmt: skip
-    merge_kernel[(batch * queries * heads,)](
+    run(
+        merge_kernel, (batch * queries * heads,),
         part, part_lse, out, lse, out if gate is None else gate, queries, splits,
         H=heads, E=width, BE=be, BS=16, GATE=0 if gate is None else gate.shape[3],
     )  # fmt: skip

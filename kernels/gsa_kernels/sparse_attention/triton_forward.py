@@ -90,6 +90,79 @@ def range_of_rows(
 
 
 @triton.jit
+def listed_keys(list_base, low, n_keys, C: tl.constexpr, BN: tl.constexpr):
+    """Step `low` of a list: (first key where they follow one another, keys, their numbers in the
+    list, which of these there are)."""
+    n = low + tl.arange(0, BN)
+    n_ok = n < n_keys
+    row = low
+    if C % BN == 0:
+        row = tl.load(list_base + low // C) * C + low % C
+        key = row + tl.arange(0, BN)
+    else:
+        key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
+    return row, key, n, n_ok
+
+
+@triton.jit
+def load_listed(
+    x_base, desc, b, row, column, offset, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    TMA: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """[BE, BN] keys or values of a step, each `offset` from x_base. WHOLE: all may be read."""
+    e = tl.arange(0, BE)
+    if TMA:
+        x = desc.load([b, row, column]).reshape([BN, BE]).T
+    elif WHOLE:
+        x = tl.load(x_base + offset[None, :] + e[:, None])
+    else:
+        x = tl.load(x_base + offset[None, :] + e[:, None], mask=(e < E)[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def not_attended(
+    bits_base, key, n, n_ok, low, n_keys, start, query, C: tl.constexpr, BN: tl.constexpr,
+    UNION: tl.constexpr, HAS_DOCS: tl.constexpr
+):  # fmt: skip
+    """(int32 that broadcasts to [rows, keys], negative where a row does not attend a key of this
+    step; of a union also the bits of its keys, or whether each row chose the block)."""
+    outside = tl.zeros([1, 1], tl.int32)
+    bits = 0
+    if HAS_DOCS:
+        outside = key[None, :] - start[:, None]
+    if UNION and C == 1:
+        bits = tl.load(bits_base + n, mask=n_ok, other=0)
+        outside = outside | unchosen(bits[None, :], query[:, None])
+    elif UNION:
+        bits = (tl.load(bits_base + low // C) >> query) & 1
+        outside = outside | (bits - 1)[:, None]
+    elif C % BN != 0:
+        outside = outside | (n_keys - 1 - n)[None, :]
+    return outside, bits
+
+
+@triton.jit
+def bias_of(
+    bias_ptr, entry, own_line, own, pairs, bits, n, n_ok, low, query, row_ok, N, OWN,
+    C: tl.constexpr, BN: tl.constexpr, UNION: tl.constexpr
+):  # fmt: skip
+    """(bias of a step's logits, that broadcasts to [rows, keys]; pairs before the next step)."""
+    if UNION and C == 1:
+        number, pairs = pair_numbers(pairs, bits, query)
+        chose = ((bits[None, :] >> query[:, None]) & 1) == 1
+        bias = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
+    elif UNION:
+        chose = row_ok & (bits == 1)
+        bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)[:, None]
+    elif C % BN == 0:
+        bias = tl.load(bias_ptr + entry * N + low // C)
+    else:
+        bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)[None, :]
+    return bias, pairs
+
+
+@triton.jit
 def accumulate(acc, m, norm, s, v, scale_log2, MASKED: tl.constexpr):
     """One step of the online softmax over logits s scale_log2, in units of log2. Scaled here,
     where it is one multiply-add with the maximum. MASKED: there may be rows whose keys are all
@@ -250,62 +323,37 @@ def forward_kernel(
     own_line = (b.to(tl.int64) * HS + hs) * T + t
     pairs = 0
     for low in tl.range(0, n_keys, BN, num_stages=STAGES):
-        n = low + offs_n
-        n_ok = n < n_keys
-        if C % BN == 0:
-            row = tl.load(list_base + low // C) * C + low % C
-            key = row + offs_n
-        else:
-            key = tl.load(list_base + n // C, mask=n_ok, other=0) * C + n % C
+        row, key, n, n_ok = listed_keys(list_base, low, n_keys, C, BN)
         offset = key.to(tl.int64) * (K * E)
+        WHOLE: tl.constexpr = BE == E and (C % BN == 0 or UNION)
+        k = load_listed(k_base, k_desc, b, row, kv_head * E, offset, E, BE, BN, TMA, WHOLE)
         if TMA:
-            k = k_desc.load([b, row, kv_head * E]).reshape([BN, BE]).T
             v = v_desc.load([b, row, kv_head * E]).reshape([BN, BE])
-        elif BE == E and (C % BN == 0 or UNION):
-            k = tl.load(k_base + offset[None, :] + e[:, None])
+        elif WHOLE:
             v = tl.load(v_base + offset[:, None] + e[None, :])
         else:
-            k = tl.load(k_base + offset[None, :] + e[:, None], mask=e_ok[:, None], other=0.0)
             v = tl.load(v_base + offset[:, None] + e[None, :], mask=e_ok[None, :], other=0.0)
-        outside = tl.zeros([1, 1], tl.int32)
-        if HAS_DOCS:
-            outside = key[None, :] - start[:, None]
         query = position - tile * R
-        if UNION and C == 1:
-            bits = tl.load(bits_ptr + entry * N + n, mask=n_ok, other=0)
-            outside = outside | unchosen(bits[None, :], query[:, None])
-        elif UNION:
-            bit = (tl.load(bits_ptr + entry * N + low // C) >> query) & 1
-            outside = outside | (bit - 1)[:, None]
-        elif C % BN != 0:
-            outside = outside | (n_keys - 1 - n)[None, :]
+        outside, bits = not_attended(
+            bits_ptr + entry * N, key, n, n_ok, low, n_keys, start, query, C, BN, UNION, HAS_DOCS
+        )  # fmt: skip
         if MASKED:
             mask = mask_of(tl.broadcast_to(outside, [BM, BN]))
             s = tl.dot(q, k, mask, input_precision="ieee")
         else:
             s = tl.dot(q, k, input_precision="ieee")
         if HAS_BIAS:
-            if UNION and C == 1:
-                number, pairs = pair_numbers(pairs, bits, query)
-                chose = ((bits[None, :] >> query[:, None]) & 1) == 1
-                bias = tl.load(bias_ptr + entry * OWN + number, mask=chose, other=0.0)
-                s += bias * unit
-            elif UNION:
-                chose = row_ok & (bit == 1)
-                bias = tl.load(bias_ptr + own_line * OWN + own, mask=chose, other=0.0)
-                s += bias[:, None] * unit
-            elif C % BN == 0:
-                bias = tl.load(bias_ptr + entry * N + low // C)
-                s += bias * unit
-            else:
-                bias = tl.load(bias_ptr + entry * N + n // C, mask=n_ok, other=0.0)
-                s += bias[None, :] * unit
+            bias, pairs = bias_of(
+                bias_ptr, entry, own_line, own, pairs, bits, n, n_ok, low, query, row_ok, N, OWN,
+                C, BN, UNION
+            )  # fmt: skip
+            s += bias * unit
         acc, m, norm, p, top = accumulate(acc, m, norm, s, v, scale_log2, UNION)
         if UNION and C > 1:
             if HAS_MASS:
                 at = slot_lse_ptr + ((b.to(tl.int64) * H + head) * T + t) * OWN + own
-                tl.store(at, tl.log2(tl.sum(p, 1)) + top, mask=row_ok & (bit == 1))
-            own += bit
+                tl.store(at, tl.log2(tl.sum(p, 1)) + top, mask=row_ok & (bits == 1))
+            own += bits
         elif HAS_MASS:
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1

@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: sizes, buffers, grids. Called by ops.py only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
-from gsa_kernels.sizes import ceil_div, power_of_2
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from . import triton_config as config
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
@@ -16,7 +17,7 @@ from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
 from .triton_inverted import invert
 from .triton_tiles import tile_table
 from .triton_token import invert_kernel, owned_kernel, pack_kernel, pair_sums_kernel
-from .triton_union import OWNED, UNITED, Unions, unite
+from .triton_union import OWNED, UNITED, Unions, parts, unite
 
 LOG2E = 1.4426950408889634
 
@@ -53,42 +54,50 @@ class _Plan:
     @property
     def sink_stride(self) -> int:
         """Elements from one sequence's sink ranges to the next."""
-        return 0 if self.sinks is None or self.sinks.shape[0] == 1 else self.sinks.shape[1] * 2
+        return 0 if self.sinks is None or self.sinks.shape[0] == 1 else self.sinks.stride(0)
 
 
-def _plan(
+def _plans(
     selection: Selection,
     docs: Tensor | None,
     heads: int,
     kv_heads: int,
     e: int,
+    pairs: int = 0,
     starts: bool = False,
-) -> _Plan:
+) -> Iterator[_Plan]:
+    """One plan, or several where unions would take much memory: each for some tiles. The lists of
+    one must be let go before the next is asked for.
+
+    pairs: numbers per union that its user holds besides. starts: needs all unions at a time.
+    """
     spec, blocks = selection.spec, selection.blocks_BHQN
     united = spec.query_tile == 1
     r = UNITED if united else spec.query_tile
     first_tile = selection.q_start // r
-    union = unite(selection, docs, starts) if united else None
-    if union is None:
-        lists = blocks
-        counts, sinks = tile_table(selection, r, False)
-        assert counts is not None
-    else:
-        lists, counts, sinks = union.lists_BHUN, union.counts_BHU, None
-        if spec.key_block > 1:
-            _, sinks = tile_table(selection, r, True)
     constants = dict(
         H=heads,
         K=kv_heads,
         E=e,
-        BE=max(16, power_of_2(e)),
+        BE=padded(e),
         HS=blocks.shape[1],
         C=spec.key_block,
         R=r,
         WINDOW=spec.window,
     )
     rows = r * (heads // kv_heads)
-    return _Plan(lists, counts, union, sinks, docs, first_tile, rows, constants)
+    if not united:
+        counts, sinks = tile_table(selection, r, False)
+        assert counts is not None
+        yield _Plan(blocks, counts, None, sinks, docs, first_tile, rows, constants)
+        return
+    sinks = tile_table(selection, r, True)[1] if spec.key_block > 1 else None
+    for first, size in parts(selection, pairs, starts):
+        union = unite(selection, docs, starts, (first, size))
+        part = None if sinks is None else sinks[:, first : first + size]
+        lists, counts = union.lists_BHUN, union.counts_BHU
+        yield _Plan(lists, counts, union, part, docs, first_tile + first, rows, constants)
+        del union, lists, counts
 
 
 def _tma(launch: config.Launch, q: Tensor) -> bool:
@@ -131,59 +140,68 @@ def forward(
     kv_heads, keys = k.shape[2], k.shape[1]
     blocks = selection.blocks_BHQN
     own = blocks.shape[3]
-    plan = _plan(selection, docs, heads, kv_heads, width)
-    c, slots = plan.constants["C"], plan.lists.shape[3]
-    united = plan.union is not None
-    packed = _packed(plan, selection, bias) if plan.single else bias
-    launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
+    c, r = selection.spec.key_block, selection.spec.query_tile
+    united, single = r == 1, c == r == 1
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
-    sub, parts = max(1, c // launch.keys), ceil_div(plan.rows, launch.rows)
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
+    slot_mass = need_mass and not single
     keep = keep and gate is not None
     ungated = torch.empty_like(q) if keep else q.new_empty(0)
-    slot_lse, slot_mass = lse, need_mass and not plan.single
-    if slot_mass:
-        shape = (batch, kv_heads, plan.tiles, parts, slots * sub, launch.rows)
-        slot_lse = torch.empty(
-            (batch, heads, queries, own) if united else shape, device=q.device, dtype=torch.float32
-        )
-    tma = _tma(launch, q) and c % launch.keys == 0
-    run(
-        forward_kernel, (plan.tiles * parts, batch * kv_heads),
-        q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
-        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
-        _or(docs, plan.lists), _or(plan.sinks, plan.lists),
-        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
-        _pairs(selection) if plan.single else own,
-        plan.sink_stride, max(scale, 1e-30) * LOG2E,
-        **plan.constants,
-        BM=launch.rows, BN=launch.keys, UNION=united,
-        HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
-        TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
-        num_warps=launch.warps,
-    )  # fmt: skip
-    if need_mass and plan.single:
-        _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
-    elif need_mass:
-        bn = min(32, power_of_2(own))
-        groups, columns = batch * blocks.shape[1], ceil_div(own, bn)
-        if united:
-            counts = (blocks >= 0).sum(-1, dtype=torch.int32)
-            run(
-                own_mass_kernel, (ceil_div(queries, 64), groups, columns),
-                slot_lse, lse, mass, counts, queries, own,
-                H=heads, HS=blocks.shape[1], BT=64, BN=bn,
+    slot_lse = lse
+    if slot_mass and united:
+        shape = (batch, heads, queries, own)
+        slot_lse = torch.empty(shape, device=q.device, dtype=torch.float32)
+    if need_mass and single:
+        mass.zero_()  # the slots that are not used
+    pairs = 0 if bias is None or not single else _pairs(selection)
+    for plan in _plans(selection, docs, heads, kv_heads, width, pairs):
+        packed = _packed(plan, selection, bias) if single else bias
+        launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
+        slots, sub = plan.lists.shape[3], max(1, c // launch.keys)
+        per_tile = ceil_div(plan.rows, launch.rows)
+        if slot_mass and not united:
+            slot_lse = torch.empty(
+                (batch, kv_heads, plan.tiles, per_tile, slots * sub, launch.rows),
+                device=q.device, dtype=torch.float32,
             )  # fmt: skip
-        else:
+        tma = _tma(launch, q) and c % launch.keys == 0
+        run(
+            forward_kernel, (plan.tiles * per_tile, batch * kv_heads),
+            q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
+            plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
+            _or(docs, plan.lists), _or(plan.sinks, plan.lists),
+            queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
+            _pairs(selection) if single else own,
+            plan.sink_stride, max(scale, 1e-30) * LOG2E,
+            **plan.constants,
+            BM=launch.rows, BN=launch.keys, UNION=united,
+            HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None,
+            HAS_BIAS=bias is not None,
+            HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
+            TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
+            num_warps=launch.warps,
+        )  # fmt: skip
+        if need_mass and single:
+            _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
+        elif need_mass and not united:
+            bn = min(32, power_of_2(own))
             run(
-                mass_kernel, (plan.tiles, groups, columns),
+                mass_kernel, (plan.tiles, batch * blocks.shape[1], ceil_div(own, bn)),
                 slot_lse, lse, mass, plan.counts, queries, selection.q_start, plan.first_tile,
                 plan.tiles, slots, H=heads, K=kv_heads, HS=blocks.shape[1],
-                R=plan.constants["R"], SUB=sub, BM=launch.rows, BN=bn,
+                R=r, SUB=sub, BM=launch.rows, BN=bn,
             )  # fmt: skip
+        del plan, packed
+    if slot_mass and united:
+        bn = min(32, power_of_2(own))
+        run(
+            own_mass_kernel,
+            (ceil_div(queries, 64), batch * blocks.shape[1], ceil_div(own, bn)),
+            slot_lse, lse, mass, (blocks >= 0).sum(-1, dtype=torch.int32), queries, own,
+            H=heads, HS=blocks.shape[1], BT=64, BN=bn,
+        )  # fmt: skip
     return out, lse, mass, ungated
 
 
@@ -213,97 +231,127 @@ def backward(
         return -dq, *others  # type: ignore[return-value]
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
-    group = heads // kv_heads
     blocks, spec = selection.blocks_BHQN, selection.spec
     own, c = blocks.shape[3], spec.key_block
+    united, single = spec.query_tile == 1, c == spec.query_tile == 1
     # Single keys get their gradients from programs that own key blocks, or from dq's kernel.
-    starts = c == spec.query_tile == 1 and (deterministic or config.OWNED_TOKENS)
-    plan = _plan(selection, docs, heads, kv_heads, width, starts)
-    united, slots = plan.union is not None, plan.lists.shape[3]
-    packed = _packed(plan, selection, bias) if plan.single else bias
-    delta = torch.empty_like(lse)
+    starts = single and (deterministic or config.OWNED_TOKENS)
+    owned = c >= 16 or starts  # key blocks large enough for a program of their own
+    if not owned and deterministic:
+        raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
+    delta, be = torch.empty_like(lse), padded(width)
     inner, dgate = dout, None
     if gate is not None:
         inner, dgate = torch.empty_like(dout), torch.empty_like(gate)
     # More rows of three tensors would not fit the registers.
-    bt = 64 if gate is None else min(64, 4096 // plan.constants["BE"])
+    bt = 64 if gate is None else min(64, 4096 // be)
     run(
         delta_kernel, (ceil_div(queries, bt), batch * heads),
         out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
         HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
-        E=width, BE=plan.constants["BE"], BT=bt,
+        E=width, BE=be, BT=bt,
     )  # fmt: skip
     dout = inner
-    owned = c >= 16 or starts  # key blocks large enough for a program of their own
-    if not owned and deterministic:
-        raise ValueError("a deterministic backward needs key blocks of 16 keys or more")
-    whole = owned and (deterministic or plan.single)  # one program adds up all of a block
+    whole = owned and (deterministic or single)  # one program adds up all of a block
     if whole:
         dk, dv = torch.empty_like(k), torch.empty_like(v)
     else:
         dk, dv = torch.zeros((2, *k.shape), device=k.device, dtype=torch.float32).unbind()
     dq = torch.empty_like(q)
-    launch = config.query_gradient(
-        plan.rows, c, width, q.element_size(), q.device, united, not owned
-    )
-    parts = ceil_div(plan.rows, launch.rows)
-    tma = _tma(launch, q) and c % launch.keys == 0
     dbias = lse
-    if bias is not None and not plan.single:
-        shape = (batch, heads, queries, own) if united else (
-            batch, kv_heads, plan.tiles, parts, own
+    if bias is not None and united:
+        dbias = torch.zeros(
+            blocks.shape if single else (batch, heads, queries, own),
+            device=q.device, dtype=torch.float32,
         )  # fmt: skip
-        dbias = torch.zeros(shape, device=q.device, dtype=torch.float32)
-    run(
-        dq_kernel, (plan.tiles * parts, batch * kv_heads),
-        q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
-        plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), dbias,
-        _or(docs, plan.lists), _or(plan.sinks, plan.lists),
-        queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
-        _pairs(selection) if plan.single else own,
-        plan.sink_stride, scale, max(scale, 1e-30) * LOG2E,
-        **plan.constants,
-        BM=launch.rows, BN=launch.keys, UNION=united,
-        HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-        ATOMIC=not owned, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
-        num_warps=launch.warps,
-    )  # fmt: skip
-    if owned and plan.single:
-        _owned_keys(plan, selection, q, k, v, dout, lse, delta, dk, dv, packed, scale)
-    elif owned:
-        r = spec.query_tile
-        launch = config.key_gradient(r, group, c, width, q.element_size(), q.device)
-        tma = _tma(launch, q)
-        tiles = blocks.shape[2]
-        entries = tiles * (own + selection.sink_slots)
-        longest = max(1, entries if whole else config.ROWS_PER_SEGMENT // (r * group))
-        lists = invert(selection, longest, bias is not None)
+    pairs = 0 if bias is None or not single else _pairs(selection)
+    for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts):
+        slots = plan.lists.shape[3]
+        packed = _packed(plan, selection, bias) if single else bias
+        launch = config.query_gradient(
+            plan.rows, c, width, q.element_size(), q.device, united, not owned
+        )
+        per_tile = ceil_div(plan.rows, launch.rows)
+        tma = _tma(launch, q) and c % launch.keys == 0
+        if bias is not None and not united:
+            shape = (batch, kv_heads, plan.tiles, per_tile, own)
+            dbias = torch.zeros(shape, device=q.device, dtype=torch.float32)
         run(
-            dkv_kernel, (lists.segments_BHG4.shape[2], batch * kv_heads),
-            q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
-            lists.segments_BHG4, lists.tiles_BHL, _or(lists.places_BHL, lists.tiles_BHL),
-            _or(bias, lse),
-            _or(docs, blocks),
-            queries, keys, selection.q_start, selection.q_start // r, tiles, entries, tiles * own,
-            scale, max(scale, 1e-30) * LOG2E,
-            **(plan.constants | {"R": r}),
-            BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
-            MANY=not whole, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
+            dq_kernel, (plan.tiles * per_tile, batch * kv_heads),
+            q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
+            plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), dbias,
+            _or(docs, plan.lists), _or(plan.sinks, plan.lists),
+            queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
+            _pairs(selection) if single else own,
+            plan.sink_stride, scale, max(scale, 1e-30) * LOG2E,
+            **plan.constants,
+            BM=launch.rows, BN=launch.keys, UNION=united,
+            HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None,
+            HAS_BIAS=bias is not None,
+            ATOMIC=not owned, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
+        )  # fmt: skip
+        if starts:
+            _owned_keys(plan, selection, q, k, v, dout, lse, delta, dk, dv, packed, scale)
+        if bias is not None and single:
+            _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
+        del plan, packed
+    if owned and not starts:
+        _block_gradients(
+            selection, q, k, v, dout, lse, delta, dk, dv, bias, docs, scale, whole
         )  # fmt: skip
     # Results of an operator may not share their storage.
     dk, dv = (x.to(k.dtype, copy=not whole) for x in (dk, dv))
     if bias is None:
         return dq, dk, dv, None, dgate
-    if plan.single:
-        dbias = torch.empty(bias.shape, device=q.device, dtype=torch.float32)
-        _pair_sums(dbias, plan, selection, q, k, v, dout, lse, delta, packed, scale, True)
-    elif united:
+    if united and not single:
         dbias = dbias.unflatten(1, (blocks.shape[1], -1)).sum(2)
-    else:
+    elif not united:
         dbias = dbias.sum(3)
         dbias = dbias.sum(1, keepdim=True) if blocks.shape[1] == 1 else dbias
     return dq, dk, dv, dbias.to(bias.dtype), dgate
+
+
+def _block_gradients(
+    selection: Selection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    bias: Tensor | None,
+    docs: Tensor | None,
+    scale: float,
+    whole: bool,
+) -> None:
+    """dk, dv by programs that each own a key block, or (not whole) a part of its queries."""
+    batch, _, heads, width = q.shape
+    kv_heads, keys = k.shape[2], k.shape[1]
+    blocks, spec = selection.blocks_BHQN, selection.spec
+    r, c, group, tiles = spec.query_tile, spec.key_block, heads // kv_heads, blocks.shape[2]
+    own = blocks.shape[3]
+    launch = config.key_gradient(r, group, c, width, q.element_size(), q.device)
+    tma = _tma(launch, q)
+    entries = tiles * (own + selection.sink_slots)
+    longest = max(1, entries if whole else config.ROWS_PER_SEGMENT // (r * group))
+    lists = invert(selection, longest, bias is not None)
+    run(
+        dkv_kernel, (lists.segments_BHG4.shape[2], batch * kv_heads),
+        q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
+        lists.segments_BHG4, lists.tiles_BHL, _or(lists.places_BHL, lists.tiles_BHL),
+        _or(bias, lse),
+        _or(docs, blocks),
+        q.shape[1], keys, selection.q_start, selection.q_start // r, tiles, entries, tiles * own,
+        scale, max(scale, 1e-30) * LOG2E,
+        H=heads, K=kv_heads, E=width, BE=padded(width), HS=blocks.shape[1], C=c, R=r,
+        WINDOW=spec.window,
+        BM=launch.rows, HAS_DOCS=docs is not None, HAS_BIAS=bias is not None,
+        MANY=not whole, TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
+        num_warps=launch.warps,
+    )  # fmt: skip
 
 
 def _pairs(selection: Selection) -> int:
@@ -334,6 +382,7 @@ def _packed(plan: _Plan, selection: Selection, bias: Tensor | None) -> Tensor | 
         pack_kernel, (plan.tiles, batch * heads),
         bias, packed, plan.bits, plan.counts, _or(plan.docs, plan.counts),
         queries, selection.n_keys, own, plan.lists.shape[3], pairs, selection.q_start,
+        plan.first_tile,
         **_token_constants(plan, selection), BN=64,
     )  # fmt: skip
     return packed
@@ -353,18 +402,18 @@ def _pair_sums(
     scale: float,
     gradient: bool,
 ) -> None:
-    """Into sums [B, Hs, T, N] float32: mass of single keys, or the gradient of their bias."""
+    """Into sums [B, Hs, T, N] float32, zero: the mass of single keys, or their bias's gradient."""
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
     launch = config.pair_sums(width, q.element_size())
-    sums.zero_()  # the slots that are not used
     run(
         pair_sums_kernel, (plan.tiles, batch * groups),
         q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
         _or(packed, lse), _or(plan.docs, plan.lists),
         queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
-        selection.q_start, 1.0 if gradient else groups / heads, max(scale, 1e-30) * LOG2E,
+        selection.q_start, plan.first_tile, 1.0 if gradient else groups / heads,
+        max(scale, 1e-30) * LOG2E,
         H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
         **_token_constants(plan, selection),
         BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,

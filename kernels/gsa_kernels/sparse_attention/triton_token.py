@@ -33,6 +33,7 @@ def pack_kernel(
     U,
     PAIRS,
     q_start,
+    first_group,
     HS: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
@@ -42,7 +43,7 @@ def pack_kernel(
     group, line = tl.program_id(0), tl.program_id(1)
     flat = line.to(tl.int64) * tl.num_programs(0) + group
     row = tl.arange(0, 16)
-    position = q_start // 16 * 16 + group * 16 + row
+    position = (first_group + group) * 16 + row
     t = position - q_start
     ok = (t >= 0) & (t < T)
     low, end = sink_range(docs_ptr, line // HS, position, ok, S, WINDOW, SINKS, HAS_DOCS)
@@ -81,6 +82,7 @@ def pair_sums_kernel(
     U,
     PAIRS,
     q_start,
+    first_group,
     factor,
     scale_log2,
     H: tl.constexpr,
@@ -102,7 +104,7 @@ def pair_sums_kernel(
     b, hs = line // HS, line % HS
     flat = line.to(tl.int64) * tl.num_programs(0) + group
     row = tl.arange(0, 16)
-    position = q_start // 16 * 16 + group * 16 + row
+    position = (first_group + group) * 16 + row
     t = position - q_start
     ok = (t >= 0) & (t < T)
     low, end = sink_range(docs_ptr, b, position, ok, S, WINDOW, SINKS, HAS_DOCS)

@@ -1,11 +1,11 @@
 """Unions of neighbouring queries' lists, so that a tensor core has rows enough to work on.
 
 A group of 16 queries marks its choices in a bit map with 16 bits per key block; one sweep of the
-map then writes the blocks that anybody chose, in order, with the bits that say who did. The map is
-made for some groups at a time: scratch is bounded, sizes are static, the host never waits.
+map then writes the blocks that anybody chose, in order, with the bits that say who did. Sizes are
+static and the host never waits, so a union has room for 16 whole lists: long ones are made, used
+and let go for some groups at a time (`parts`), and scratch is bounded.
 
-Legend: see triton_forward.py; U slots of a union. Lists and bits hold at most 16 entries for each
-16 slots of the selection, which is O(T k). A sweep reads S / C x 2 bytes per group.
+Legend: see triton_forward.py; U slots of a union. A sweep reads S / C x 2 bytes per group.
 
 The pairs (query, key) of a group are numbered in the order of its union, and of the queries within
 one key: a pair's number is the set bits of all earlier entries plus those of lower queries.
@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
+from gsa_kernels.sizes import ceil_div, power_of_2
 
 UNITED = 16  # queries of a group: their bits are half a word of the map
 OWNED = 64  # keys of the blocks that `blocks_BHUJ2` counts in, see triton_token.py
-_SCRATCH = 1 << 29  # bytes of map
+_SCRATCH = 3 << 27  # bytes of unions and maps at a time
 _SWEPT = 1024  # blocks swept at a time, a multiple of OWNED
 
 
@@ -90,6 +92,7 @@ def mark_kernel(
     docs_ptr,
     first,  # of all groups of all sequences and heads
     n_groups,  # of one sequence and head
+    first_group,  # number of the first, of positions from 0
     T,
     S,
     N,
@@ -105,7 +108,7 @@ def mark_kernel(
     flat = first + tl.program_id(0)
     line, group = flat // n_groups, flat % n_groups
     row = tl.arange(0, 16)
-    position = q_start // 16 * 16 + group * 16 + row
+    position = (first_group + group) * 16 + row
     t = position - q_start
     ok = (t >= 0) & (t < T)
     into = map_ptr + tl.program_id(0).to(tl.int64) * WORDS
@@ -133,18 +136,18 @@ def sweep_kernel(
     start_ptr,  # [groups, J, 2] int32, where STARTS
     first,
     n_groups,
+    first_group,
     n_blocks,
     WORDS,
     U,
     J,
-    q_start,
     C: tl.constexpr,
     OWNED: tl.constexpr,
     STARTS: tl.constexpr,
     BS: tl.constexpr,
 ):
     flat = first + tl.program_id(0)
-    last = q_start // 16 * 16 + flat % n_groups * 16 + 15
+    last = (first_group + flat % n_groups) * 16 + 15
     limit = tl.minimum(n_blocks, last // C + 1)
     read = map_ptr + tl.program_id(0).to(tl.int64) * WORDS * 2
     into = flat.to(tl.int64) * U
@@ -169,41 +172,67 @@ def sweep_kernel(
     tl.store(count_ptr + flat, count)
 
 
-def unite(selection: Selection, docs: Tensor | None, starts: bool) -> Unions:
-    """Unions over groups of UNITED positions of a selection with R = 1; docs: int32."""
+def _width(selection: Selection) -> tuple[int, int, int]:
+    """(slots of a union, key blocks, sinks that it holds)."""
+    spec = selection.spec
+    sinks = spec.sinks if spec.key_block == 1 else 0
+    n_blocks = ceil_div(selection.n_keys, spec.key_block)
+    width = min(UNITED * (selection.blocks_BHQN.shape[3] + sinks), n_blocks)
+    return width, n_blocks, sinks
+
+
+def parts(selection: Selection, pairs: int, whole: bool = False) -> list[tuple[int, int]]:
+    """(first group, how many) of unions to make at a time, for which `pairs` more numbers per
+    group are held. whole: all."""
+    batch, heads, queries, _ = selection.blocks_BHQN.shape
+    groups = ceil_div(selection.q_start % UNITED + queries, UNITED)
+    width, n_blocks, _ = _width(selection)
+    each = 4 * batch * heads * (2 * width + ceil_div(n_blocks, 2) + pairs)
+    # Equal parts, of multiples of 16: kernels are compiled anew for other divisors.
+    n = 1 if whole else ceil_div(groups, max(16, _SCRATCH // each // 16 * 16))
+    size = ceil_div(ceil_div(groups, n), 16) * 16 if n > 1 else groups
+    return [(first, min(size, groups - first)) for first in range(0, groups, size)]
+
+
+def unite(
+    selection: Selection, docs: Tensor | None, starts: bool, part: tuple[int, int] | None = None
+) -> Unions:
+    """Unions over groups of UNITED positions of a selection with R = 1; docs: int32. part: of
+    these groups (first, how many) only."""
     spec, blocks = selection.spec, selection.blocks_BHQN
     assert not starts or spec.key_block == 1
     batch, heads, queries, slots = blocks.shape
-    n_groups = triton.cdiv(selection.q_start % UNITED + queries, UNITED)
-    sinks = spec.sinks if spec.key_block == 1 else 0
-    n_blocks = triton.cdiv(selection.n_keys, spec.key_block)
-    width = min(UNITED * (slots + sinks), n_blocks)
+    first_group, n_groups = part or parts(selection, 0, whole=True)[0]
+    first_group += selection.q_start // UNITED
+    width, n_blocks, sinks = _width(selection)
 
     def table(*shape: int) -> Tensor:
         size = (batch, heads, n_groups, *shape)
         return torch.empty(size, dtype=torch.int32, device=blocks.device)
 
     lists, bits, counts = table(width), table(width), table()
-    owned = triton.cdiv(n_blocks, OWNED)
+    owned = ceil_div(n_blocks, OWNED)
     edges = table(owned, 2) if starts else None
-    words = triton.cdiv(n_blocks, 2)
+    words = ceil_div(n_blocks, 2)
     groups = batch * heads * n_groups
     at_once = min(groups, max(1, _SCRATCH // (words * 4)))
     marks = torch.empty(at_once, words, dtype=torch.int32, device=blocks.device)
-    bn = max(16, min(128, triton.next_power_of_2(slots)))
+    bn = max(16, min(128, power_of_2(slots)))
     for first in range(0, groups, at_once):
         size = min(at_once, groups - first)
         marks.zero_()
-        mark_kernel[(size, max(1, triton.cdiv(slots, bn)))](
-            blocks, marks, counts if docs is None else docs,
-            first, n_groups, queries, selection.n_keys, slots, words, selection.q_start,
-            HS=heads, WINDOW=spec.window, SINKS=sinks, MOST=triton.next_power_of_2(max(1, sinks)),
+        run(
+            mark_kernel, (size, max(1, ceil_div(slots, bn))),
+            blocks, marks, counts if docs is None else docs, first, n_groups, first_group,
+            queries, selection.n_keys, slots, words, selection.q_start,
+            HS=heads, WINDOW=spec.window, SINKS=sinks, MOST=power_of_2(max(1, sinks)),
             HAS_DOCS=docs is not None, BN=bn,
         )  # fmt: skip
-        sweep_kernel[(size,)](
+        run(
+            sweep_kernel, (size, 1),
             marks.view(torch.int16), lists, bits, counts, counts if edges is None else edges,
-            first, n_groups, n_blocks, words, width, owned, selection.q_start,
+            first, n_groups, first_group, n_blocks, words, width, owned,
             C=spec.key_block, OWNED=OWNED, STARTS=starts,
-            BS=min(_SWEPT, triton.next_power_of_2(max(OWNED, n_blocks))),
+            BS=min(_SWEPT, power_of_2(max(OWNED, n_blocks))),
         )  # fmt: skip
     return Unions(lists, bits, counts, edges)
