@@ -17,6 +17,8 @@ from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import hierarchical_records, masses, topk_blocks
 from gsa_kernels.bench.verify import recall, wrong
 from gsa_kernels.bench.work import UNITED, Rates, shares, work
+from gsa_kernels.index_score import pooled as index_pooled
+from gsa_kernels.index_score.pooled import running_pool
 from gsa_kernels.select.api import select
 from gsa_kernels.selection import SelectionSpec as Spec
 from gsa_plugins.bench.beside import query_lists
@@ -165,9 +167,17 @@ def test_masses_are_those_of_dense_attention(queries):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "bound"])
-def test_cost_of_coarse_to_fine_counts_scores(pooling):
+def test_cost_of_coarse_to_fine_counts_scores(pooling, monkeypatch):
     case = make_case(replace(SHAPE, seq_len=160, spec=Spec(16, 1, window=20, sinks=5)), queries=96)
+    pooled = []
+
+    def watched(k, *rest):
+        pooled.append(k.shape[1])
+        return running_pool(k, *rest)
+
+    monkeypatch.setattr(index_pooled, "running_pool", watched)
     (row,) = hierarchical_records(SHAPE, case, [pooling], [(32, 2)], 0)
+    assert pooled.count(160) == 1 and len(pooled) > 2  # once, then a block per query
     coarse = fine = every = kept = 0
     for t in range(64, 160):
         blocks = range(1, max(0, t - 19) // 16)  # the sinks hold block 0

@@ -11,7 +11,7 @@ product of twice the width and counts as two).
 """
 
 import itertools
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def hierarchical_records(
     """Recall against cost of coarse-to-fine selection, for each pooling and (pool, number of
     survivors); of bounds (not taken of ReLU scores) also the share of tiles they prove exact,
     which takes in those that leave nothing out. exact: the case whose choice is recalled, if
-    another."""
+    another. Queries that follow a cache find the pooled keys of its whole blocks there."""
     wanted = (exact or case).choose()
     ceiling = _ceiling(case, wanted, mass_rows)
     rows = []
@@ -148,6 +148,8 @@ def hierarchical_records(
         if n * pool >= shape.seq_len + pool:
             continue  # everything survives with fewer, too
         factors = HierarchicalFactors(**given, pooling=pooling, pool=pool, survivors=n)
+        if factors.q_start:
+            factors = factors.remember(_Kept())
 
         def choose(prove: bool = False, factors: IndexFactors = factors) -> Chosen:
             size = (case.budget, case.budget, case.q.shape[1])
@@ -172,6 +174,18 @@ def hierarchical_records(
             row["proven"] = float(found.proven_BHQ.float().mean())
         rows.append(row)
     return rows
+
+
+@dataclass
+class _Kept:
+    """What a decoding cache keeps of pooled keys, for calls that add no key."""
+
+    index_pooled_BMI: Tensor | None = None
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        assert self.index_pooled_BMI is None
+        setattr(self, name, new)
+        return new
 
 
 def _coarse_cost(case: Case, factors: HierarchicalFactors) -> dict[str, float]:
