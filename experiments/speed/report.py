@@ -4,8 +4,8 @@ NAME.png, beside it.
 python experiments/speed/report.py [file.json ...]
 
 Several files of one kind (other inputs, other heads, same device) are drawn together, under the
-name of the first. Reports of
-before score_ms was measured alone hold scoring and selection together in select_ms.
+name of the first. Layers of a checkpoint appear as their mean. Reports of before score_ms was
+measured alone hold scoring and selection together in select_ms.
 """
 
 import json
@@ -47,12 +47,21 @@ INDEXER_COLUMNS = {
     "C": ("C", "{}"),
     "R": ("R", "{}"),
     "inputs": ("inputs", "{}"),
+    "layer": ("layers", "{}"),
+    "key_dtype": ("index keys", "{}"),
     "pass": ("what", "{}"),
     "pooling": ("by", "{}"),
     "pool": ("pool", "{}"),
     "survivors": ("survivors", "{}"),
     "nothing_left_out": ("all survive", "{:.1%}"),
+    "cost": ("scores computed", "{:.1%}"),
     "recall": ("recall of the exact choice", "{:.1%}"),
+    "recall_worst": ("worst layer", "{:.1%}"),
+    "mass": ("mass covered", "{:.1%}"),
+    "mass_exact": ("by the exact choice", "{:.1%}"),
+    "mass_best": ("by the best", "{:.1%}"),
+    "mass_chance": ("by chance", "{:.1%}"),
+    "gain_kept": ("gain over chance kept", "{:.0%}"),
     "proven": ("proven exact", "{:.1%}"),
     "score_ms": ("scoring, ms", "{:.2f}"),
     "select_ms": ("selection, ms", "{:.2f}"),
@@ -65,6 +74,14 @@ INDEXER_COLUMNS = {
     "dense_kl_ms": ("KL on all, ms", "{:.2f}"),
     "dense_rows": ("tiles", "{}"),
 }
+# Of a layer: the rest of a record says what was measured.
+MEASURED = (
+    "cost", "nothing_left_out", "recall", "mass", "mass_exact", "mass_best", "mass_chance",
+    "proven", "overlap",
+    "ratio", "score_ms", "select_ms", "choose_ms", "topk_ms", "attend_ms", "mass_ms",
+    "selected_kl_ms", "dense_kl_ms", "peak_extra_bytes", "topk_extra_bytes", "selected_kl_share",
+    "dense_kl_share",
+)  # fmt: skip
 GROUP = ("mode", "C", "R", "kv_heads", "inputs")
 
 
@@ -87,6 +104,29 @@ def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
         cells = [form.format(row[n]) if n in row else "" for n, (_, form) in columns.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" + _beside(rows)
+
+
+def over_layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for those that differ in the layer alone: means, and the recall of the worst."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        same = tuple((k, v) for k, v in row.items() if k != "layer" and k not in MEASURED)
+        groups.setdefault(same, []).append(row)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: list[dict[str, Any]]) -> dict[str, Any]:
+    row = dict(group[0])
+    if len(group) > 1:
+        for name in (n for n in MEASURED if n in row):
+            row[name] = sum(r[name] for r in group) / len(group)
+        row["layer"] = ", ".join(str(r["layer"]) for r in group)
+        if "recall" in row:
+            row["recall_worst"] = min(r["recall"] for r in group)
+    gain = row.get("mass_exact", 0.0) - row.get("mass_chance", 0.0)
+    if gain > 0.2 * row.get("mass_chance", 1.0):  # else the exact choice is as good as any
+        row["gain_kept"] = (row["mass"] - row["mass_chance"]) / gain
+    return row
 
 
 def _beside(rows: list[dict[str, Any]]) -> str:
@@ -180,6 +220,59 @@ def plot_indexer(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+COLOURS = {"mean": "C0", "max": "C1", "bound": "C2"}
+
+
+def plot_coarse(report: dict[str, Any], path: Path) -> None:
+    """Coarse to fine: recall of the exact choice, and the share of the attention it gains over
+    chance that is kept, against the scores computed; a row of axes per kind of inputs and
+    granularity, a column per size of pooling blocks, a colour per pooling."""
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in report["records"] if r["pass"] == "hierarchical"]
+    kinds: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
+    for r in sorted(rows, key=lambda r: r["pool"]):
+        kinds.setdefault((r["inputs"], r["mode"], r["C"]), {}).setdefault(r["pool"], []).append(r)
+    shape = (len(kinds), max(map(len, kinds.values())))
+    size = (2.6 * shape[1] + 1, 2.6 * shape[0] + 1)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharey=True)
+    for ((inputs, mode, c), by_pool), line in zip(kinds.items(), grid, strict=True):
+        line[0].set_ylabel("share of the exact choice's", fontsize=8)
+        for axes, (pool, mine) in zip(line, by_pool.items(), strict=False):
+            _costs(axes, mine)
+            axes.set_title(f"{inputs}, {mode} mode, C={c}, pool {pool}", fontsize=8)
+        for axes in line[len(by_pool) :]:
+            axes.set_visible(False)
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1])
+    )
+    columns = len(labels) // 2
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.suptitle(f"{report['device']}; {_subject(rows)}, {_tokens(rows[0]['seq_len'])} tokens",
+                    fontsize=9)  # fmt: skip
+    figure.tight_layout(rect=(0, 0.5 / size[1], 1, 1))
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _costs(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for pooling, colour in COLOURS.items():
+        mine = sorted((r for r in rows if r["pooling"] == pooling), key=lambda r: r["cost"])
+        cost = [r["cost"] for r in mine]
+        for name, style, label in (("recall", "-", "keys"), ("gain_kept", "--", "attention")):
+            y = [r[name] for r in mine if name in r]
+            if y:
+                axes.plot(cost, y, style, marker=".", color=colour, label=f"{pooling}: {label}")
+    axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=0.8)
+    axes.set_xlim(0, max(0.7, *(r["cost"] for r in rows)))
+    axes.set_xlabel("scores computed, of all", fontsize=8)
+    axes.set_ylim(0, 1.05)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.tick_params(labelsize=7)
+    axes.grid(True, which="major", linewidth=0.3)
+
+
 def _recall(axes: Any, rows: list[dict[str, Any]]) -> None:
     if not rows:
         axes.set_axis_off()
@@ -191,7 +284,8 @@ def _recall(axes: Any, rows: list[dict[str, Any]]) -> None:
     for pooling, pool in kinds:
         same = [r for r in rows if (r.get("pooling", "mean"), r["pool"]) == (pooling, pool)]
         mine = sorted(same, key=lambda r: r["survivors"])
-        cost = [r["scored"] / r["scored_exact"] for r in mine]
+        # Before there was a mean over tiles, the last tile's.
+        cost = [r["cost"] if "cost" in r else r["scored"] / r["scored_exact"] for r in mine]
         style = {"mean": "-", "max": ":", "bound": "--"}[pooling]
         axes.plot(cost, [r["recall"] for r in mine], style, marker="o", color=colour[pool],
                   label=f"{pooling} of {pool} keys")  # fmt: skip
@@ -249,9 +343,14 @@ def main() -> None:
     paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h100.json"]
     report, name = merged(paths), paths[0].with_suffix("")
     indexer = any("topk_ms" in row for row in report["records"])
+    if indexer:
+        report["records"] = over_layers(report["records"])
     text = table(report, INDEXER_COLUMNS if indexer else COLUMNS)
     name.with_suffix(".md").write_text(text)
-    (plot_indexer if indexer else plot)(report, name.with_suffix(".png"))
+    masses = [r for r in report["records"] if r["pass"] == "hierarchical" and "mass" in r]
+    learns = any(r["pass"] == "objective" for r in report["records"])
+    drawing = plot_coarse if masses and not learns else plot_indexer if indexer else plot
+    drawing(report, name.with_suffix(".png"))
     print(text)
 
 

@@ -60,6 +60,7 @@ class LayerCache:
     k_BSKE: Tensor | None = None
     v_BSKE: Tensor | None = None
     index_k_BSI: Tensor | None = None
+    index_pooled_BMI: Tensor | None = None  # of whole blocks of index keys, where factors pool
     tail: Any = None
     bias: Tensor | None = None
 
@@ -229,6 +230,8 @@ class AttentionLayer(nn.Module):
             factors = self.indexer(x_index, seq, spec)
         if cache is not None:
             factors = factors.with_keys(cache.extend("index_k_BSI", factors.k_BSI))
+            if hasattr(factors, "remember"):
+                factors = factors.remember(cache)
         if warm_up and objective is not None:
             out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)

@@ -143,6 +143,9 @@ def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):
         (["attention", "--inputs", "checkpoint"], ["--checkpoint PATH"]),
         (["attention", "--impl", "triton", "--device", "cpu", "--mode", "token"], ["triton"]),
         (["indexer", "--survivors", "0"], ["at least 1"]),
+        (["indexer", "--survivor-keys", "0"], ["at least 1"]),
+        (["indexer", "--seq-len", "256", "--queries", "65"], ["whole query tiles of 64"]),
+        (["indexer", "--layer", "-2"], ["at least -1"]),
         (["capture"], ["--checkpoint PATH"]),
     ],
 )
@@ -186,6 +189,25 @@ def test_inputs_of_a_trained_layer(cli, tmp_path, capsys):
     assert main(["bench", "attention", *rest, *words]) == 0
     rows = records("bench-attention.json")
     assert {r["inputs"] for r in rows} == {"checkpoint"} and rows[0]["heads"] == 2
+    several = ["--checkpoint", str(run), "--layer", "0", "1", "--sequences", "2", "--batch", "2"]
+    words = [
+        "--queries",
+        "64",
+        "--query-tile",
+        "16",
+        "--pool",
+        "16",
+        "32",
+        "--survivor-keys",
+        "32",
+    ]
+    words += ["--survivor-keys", "32", "--dense-rows", "0", "--key-dtype", "auto", "bf16"]
+    assert main(["bench", "indexer", *rest, "--seq-len", "128", *several, *words]) == 0
+    rows = records("bench-indexer.json")
+    assert [r["layer"] for r in rows] == [0] * 10 + [1] * 10
+    fine = [r for r in rows if r["pass"] == "hierarchical"]
+    assert {(r["pool"], r["survivors"]) for r in fine} == {(16, 2), (32, 1)}
+    assert all(0 < r["mass"] <= r["mass_best"] and 0 < r["cost"] < 3 for r in fine)
     assert main(["bench", "attention", *rest, "--seq-len", "256", *file]) == 2
     assert "holds 128 tokens, not 256" in capsys.readouterr().err
     assert main(["bench", "attention", *rest, "--checkpoint", str(run / "config.yaml")]) == 2

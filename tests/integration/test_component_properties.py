@@ -150,6 +150,12 @@ def test_decoding_is_the_full_forward(case, cuts, documents):
             held = None if docs is None else docs[:, :high]
             pieces.append(model(text[:, low:high], held, cache=cache).hidden_BTD)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-9)
+    kept = [layer.index_pooled_BMI for layer in cache]
+    if case.startswith(("pooled", "coarse")):
+        pool = model.blocks[0].attention.indexer.pool
+        assert {x.shape[1] for x in kept} == {LENGTH // pool}
+    else:
+        assert kept == [None] * len(kept)
 
 
 # A bias changes attention also where nothing is pruned.

@@ -14,9 +14,11 @@ from kernel_cases import granularity_id, make_factors, make_selection
 
 from gsa_kernels.bench import dense
 from gsa_kernels.bench.case import Shape, make_case
-from gsa_kernels.bench.indexer import topk_blocks
+from gsa_kernels.bench.indexer import hierarchical_records, masses, topk_blocks
 from gsa_kernels.bench.verify import recall, wrong
 from gsa_kernels.bench.work import UNITED, Rates, shares, work
+from gsa_kernels.index_score import pooled as index_pooled
+from gsa_kernels.index_score.pooled import running_pool
 from gsa_kernels.select.api import select
 from gsa_kernels.selection import SelectionSpec as Spec
 from gsa_plugins.bench.beside import query_lists
@@ -136,6 +138,68 @@ def test_topk_pipeline_chooses_the_same_blocks(inputs):
     assert recall(case.choose().blocks_BHQN, topk_blocks(case)) > 0.95
 
 
+@pytest.mark.parametrize("queries", [0, 80])
+def test_masses_are_those_of_dense_attention(queries):
+    shape = replace(SHAPE, seq_len=160, spec=Spec(16, 1, window=20, sinks=5), mode="block")
+    case = make_case(shape, queries=queries)
+    chosen = case.choose()
+    first = 160 - case.q.shape[1]
+    k = case.k.repeat_interleave(2, 2)
+    logits = torch.einsum("bthe,bshe->bhts", case.q, k) / 4
+    t, s = torch.arange(first, 160)[:, None], torch.arange(160)
+    p = logits.masked_fill(s > t, -torch.inf).softmax(-1).mean(1)  # [B, T, S]
+    candidate = (s >= 16) & (s < (t - 19).clamp_min(0) // 16 * 16)
+    sums = dict.fromkeys(("possible", "mass", "mass_best", "mass_chance"), 0.0)
+    for b in range(2):
+        for i in range(p.shape[1]):
+            mass = (p[b, i] * candidate[i]).view(10, 16).sum(-1)
+            n, held = int(chosen.counts_BHQ[b, 0, i]), int(candidate[i].sum()) // 16
+            if not 0 < n < held:
+                continue
+            sums["possible"] += mass.sum()
+            sums["mass"] += mass[chosen.blocks_BHQN[b, 0, i, :n].long()].sum()
+            sums["mass_best"] += mass.topk(n).values.sum()
+            sums["mass_chance"] += mass.sum() * n / held
+    possible = sums.pop("possible")
+    found = masses(case, chosen, 160)
+    assert found == pytest.approx({k: float(v / possible) for k, v in sums.items()}, rel=1e-4)
+    assert masses(replace(case, budget=400), replace(case, budget=400).choose(), 160) == {}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bound"])
+def test_cost_of_coarse_to_fine_counts_scores(pooling, monkeypatch):
+    case = make_case(replace(SHAPE, seq_len=160, spec=Spec(16, 1, window=20, sinks=5)), queries=96)
+    pooled = []
+
+    def watched(k, *rest):
+        pooled.append(k.shape[1])
+        return running_pool(k, *rest)
+
+    monkeypatch.setattr(index_pooled, "running_pool", watched)
+    (row,) = hierarchical_records(SHAPE, case, [pooling], [(32, 2)], 0)
+    assert pooled.count(160) == 1 and len(pooled) > 2  # once, then a block per query
+    coarse = fine = every = kept = 0
+    for t in range(64, 160):
+        blocks = range(1, max(0, t - 19) // 16)  # the sinks hold block 0
+        pools = {j // 2 for j in blocks}
+        coarse += len(pools) * (2 if pooling == "bound" else 1)
+        fine += min(2 * len(pools), 4, len(blocks))
+        every += len(blocks)
+        kept += len(pools) <= 2
+    assert row["cost"] == pytest.approx((coarse + fine) / every)
+    assert row["nothing_left_out"] == pytest.approx(kept / 96)
+    assert row["mass"] <= row["mass_best"] and row["mass_exact"] <= row["mass_best"]
+
+
+def test_bf16_index_keys_are_rounded():
+    wide, rounded = (make_case(replace(SHAPE, key_dtype=name)) for name in ("auto", "bf16"))
+    assert rounded.factors.k_BSI.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        rounded.factors.k_BSI.float(), wide.factors.k_BSI, rtol=1 / 256, atol=0
+    )
+    assert 0.9 < recall(rounded.choose().blocks_BHQN, wide.choose().blocks_BHQN) <= 1
+
+
 def test_copies_are_apart():
     case = replace(make_case(SHAPE), budget=70)
     other = case.each(torch.clone)
@@ -202,17 +266,51 @@ def test_captured_tensors_are_cropped_or_refused():
     captured["value_gate_BTKE"] = torch.rand(1, 40, 2, 16, generator=g)
     case, step = (make_case(shape, captured, queries) for queries in (0, 1))
     torch.testing.assert_close(step.forward(), case.query(32).forward())
+    f2 = {n: torch.cat([v, v + 1]) for n, v in captured.items() if n.endswith(("E", "I", "J"))
+          if isinstance(v, torch.Tensor) and n != "index_bias_J"}  # fmt: skip
+    several = make_case(replace(shape, batch=3), captured | f2)  # sequences take turns
+    assert torch.equal(several.q[1], q[0, :33] + 1) and torch.equal(several.q[2], q[0, :33])
     with pytest.raises(ValueError, match="holds 40 tokens, not 41"):
         make_case(replace(shape, seq_len=41), captured)
+
+
+def speed_report():
+    path = ROOT / "experiments" / "speed" / "report.py"
+    spec = importlib.util.spec_from_file_location("speed_report", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return path, module
+
+
+def test_layers_are_reported_as_their_mean():
+    _, module = speed_report()
+    case = {"mode": "token", "inputs": "checkpoint", "pass": "hierarchical", "pool": 16}
+    rows = [
+        {**case, "layer": i, "recall": r, "mass": 0.1 * r, "mass_exact": 0.1, "mass_chance": 0.02}
+        for i, r in enumerate((0.5, 0.9))
+    ]
+    drawn = {**case, "inputs": "random", "recall": 0.3}
+    mean, other = module.over_layers([*rows, drawn])
+    assert mean["recall"] == pytest.approx(0.7) and mean["recall_worst"] == 0.5
+    assert mean["layer"] == "0, 1" and mean["mass"] == pytest.approx(0.07)
+    assert mean["gain_kept"] == pytest.approx(0.05 / 0.08)
+    assert other == drawn
+
+
+def test_coarse_to_fine_is_drawn(tmp_path):
+    plt = pytest.importorskip("matplotlib")
+    plt.use("Agg")
+    _, module = speed_report()
+    case = make_case(replace(SHAPE, seq_len=160), queries=80)
+    rows = hierarchical_records(SHAPE, case, ["mean", "max", "bound"], [(32, 1), (32, 2)], 0)
+    module.plot_coarse({"device": "CPU", "records": module.over_layers(rows)}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_reports_of_before_and_now_are_drawn(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib")
     plt.use("Agg")
-    path = ROOT / "experiments" / "speed" / "report.py"
-    spec = importlib.util.spec_from_file_location("speed_report", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    path, module = speed_report()
     old = module.merged([path.with_name("h200.json"), path.with_name("h200_heads.json")])
     assert "scoring and selection, ms" in module.table(old, module.COLUMNS)
     row = old["records"][0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import itertools
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -236,6 +237,7 @@ def test_coarse_to_fine_costs_less_than_exact_scores(granularity):
 
 PIECES = {
     "pooled": lambda: as_kind(make_factors(LENGTH), PooledFactors, pool=POOL),
+    "pooled_max": lambda: as_kind(make_factors(LENGTH), PooledFactors, pool=POOL, pooling="max"),
     "hierarchical": lambda: as_kind(
         make_factors(LENGTH), HierarchicalFactors, pool=POOL, survivors=2
     ),
@@ -276,6 +278,50 @@ def test_in_pieces(kind, granularity, documents):
         expected = whole.to_dense_mask().expand(2, -1, -1, -1)[:, :, low:high, :high]
         assert torch.equal(part.to_dense_mask(), expected)
         tail = part.tail()
+
+
+@dataclass
+class Memory:
+    """What a decoding host keeps."""
+
+    index_pooled_BMI: torch.Tensor | None = None
+
+    def extend(self, name, new):
+        old = getattr(self, name)
+        setattr(self, name, new if old is None else torch.cat([old, new], 1))
+        return getattr(self, name)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "pooled_max", "hierarchical", "bound"])
+@pytest.mark.parametrize("granularity", [(1, 1), (4, 16)], ids=granularity_id)
+@documents
+def test_remembered_pooled_keys_change_no_bit(kind, granularity, documents):
+    docs = make_documents(LENGTH) if documents else None
+    factors = PIECES[kind]()
+    spec = SelectionSpec(*granularity, window=7, sinks=3)
+    memory, step = Memory(), granularity[1]
+    cuts = [0, 16, 48, *range(64, LENGTH, step), LENGTH]
+    for low, high in itertools.pairwise(cuts):
+        held = None if docs is None else docs[:, :high]
+        part = cut(factors, low, high)
+        layout = tile_layout(spec, high - low, high, low, held)
+        blocks = (high - 7) // granularity[0]
+        args = (layout, slice(None), blocks)
+        expected = coarse_or_all(part, *args, part.prepare(granularity[0], held))
+        part = part.remember(memory)
+        got = coarse_or_all(part, *args, part.prepare(granularity[0], held))
+        assert torch.equal(got, expected)
+        assert memory.index_pooled_BMI is None or memory.index_pooled_BMI.shape[1] == high // POOL
+    assert memory.index_pooled_BMI.shape[1] > 3
+
+
+def coarse_or_all(factors, layout, tiles, blocks, prepared):
+    """The scores of pooling blocks that a choice begins with."""
+    if isinstance(factors, PooledFactors):
+        return factors.tile_scores(layout, tiles, blocks, prepared)
+    return coarse_scores(
+        factors, prepared[2], layout, tiles, blocks, factors.pool, factors.pooling
+    )
 
 
 def murmur(x: int) -> int:

@@ -26,6 +26,7 @@ from gsa_kernels.index_score.api import HierarchicalFactors, IndexFactors
 from gsa_kernels.index_score.pooled import running_pool
 from gsa_kernels.select.api import STATISTICS, select
 from gsa_kernels.selection import SelectionSpec
+from gsa_platform.model.attention_layer import LayerCache
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernel
@@ -168,12 +169,13 @@ def test_keys_pooled_up_to_each_position(dtype, pooling, documents):
     assert torch.equal(first, got[:, :31])
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[4]], ids=str)
-def test_in_pieces(case):
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[4]], ids=str)
+@pytest.mark.parametrize("remembers", [False, True])
+def test_in_pieces(case, remembers):
     factors, spec, k, length = case_of(case)
     docs = docs_of(length, True)
     whole = select(factors, spec, k, k, length, docs, impl="triton").selection
-    cut, tail = length - 19, None
+    cut, tail, memory = length - 19, None, LayerCache()
     for start, stop in ((0, cut), (cut, cut + 1), (cut + 1, length)):
         piece = replace(
             factors,
@@ -182,10 +184,14 @@ def test_in_pieces(case):
             k_BSI=factors.k_BSI[:, :stop],
             q_start=start,
         )
+        if remembers:
+            piece = piece.remember(memory)
         part = select(piece, spec, k, k, stop - start, docs, tail, impl="triton").selection
         expected = whole.to_dense_mask()[:, :, start:stop, :stop]
         assert torch.equal(part.to_dense_mask(), expected)
         tail = part.tail()
+    if remembers:
+        assert memory.index_pooled_BMI.shape[1] == length // factors.pool
 
 
 def test_equal_scores_choose_the_first():

@@ -25,9 +25,9 @@ COLD, MOST_COPIES = 1 << 27, 8  # bytes: more than an L2 cache holds
 @dataclass(frozen=True)
 class Shape:
     """What is measured; counts are keys, queries or heads. key_dtype: of the index keys, auto (as
-    the queries) or fp8 (see index_score.fp8). inputs: where the tensors come from: independent
-    random numbers (the worst case), random index queries that change slowly over `memory`
-    positions, or a checkpoint's layer."""
+    the queries), bf16 or fp8 (see index_score.fp8). inputs: where the tensors come from:
+    independent random numbers (the worst case), random index queries that change slowly over
+    `memory` positions, or a checkpoint's layer, whose number is `layer`."""
 
     mode: str
     spec: SelectionSpec
@@ -43,13 +43,16 @@ class Shape:
     index_dim: int = 64
     key_dtype: str = "auto"
     inputs: str = "random"
+    layer: int = -1
     memory: int = 256
     impl: str = "auto"
 
     def fields(self) -> dict[str, Any]:
         """As a record of a report names them."""
+        layer = {"layer": self.layer} if self.inputs == "checkpoint" else {}
         return {
             "mode": self.mode,
+            **layer,
             "C": self.spec.key_block,
             "R": self.spec.query_tile,
             "batch": self.batch,
@@ -203,10 +206,11 @@ def make_case(
         case = from_capture(shape, captured, queries)
     else:
         case = _drawn(shape, queries, seed)
-    if shape.key_dtype != "fp8":
+    if shape.key_dtype == "auto":
         return case
     with torch.no_grad():
-        keys = fp8_keys(case.factors.k_BSI)
+        wide = case.factors.k_BSI
+        keys = fp8_keys(wide) if shape.key_dtype == "fp8" else wide.to(torch.bfloat16)
     return replace(case, factors=case.factors.with_keys(keys))
 
 
@@ -254,7 +258,7 @@ def _smooth(x_BTJI: Tensor, memory: int) -> Tensor:
 
 
 def from_capture(shape: Shape, captured: dict[str, Any], queries: int = 0) -> Case:
-    """The first seq_len tokens of captured tensors, the same for every sample of the batch; with
+    """The first seq_len tokens of captured tensors, whose sequences a batch takes in turn; with
     `queries` only so many last ones, and values with their gate.
 
     captured: q_BTHE, k_BSKE, v_BSKE (before its gate), value_gate_BTKE and output_gate_BTHE (or
@@ -272,8 +276,7 @@ def from_capture(shape: Shape, captured: dict[str, Any], queries: int = 0) -> Ca
         x = captured[name]
         if x is None:
             return None
-        x = x[:1, low : shape.seq_len]
-        x = x.expand(shape.batch, *x.shape[1:])
+        x = x[[i % len(x) for i in range(shape.batch)], low : shape.seq_len]
         return x.to(shape.device, shape.dtype).contiguous()
 
     low = shape.seq_len - queries if queries else 0

@@ -1,24 +1,28 @@
 """Records of scoring, selection and the indexer's objective.
 
 topk_ms is the plain way over the same scores: torch.topk and a sort. Single keys of long rows are
-chosen as they are scored: select_ms then holds both. A coarse-to-fine indexer is measured against
-the exact choice of the same factors: recall is the share of the exact blocks that it found, the
-cost its time and the keys or blocks it scored for each tile (a bound is a product of twice the
-width and counts as two).
+chosen as they are scored: select_ms then holds both. A coarse-to-fine indexer, or one of rounded
+keys, is measured against the exact choice of the same factors: recall is the share of the exact
+blocks that it found, mass the share of the dense attention on the candidates that its own choice
+covers (at some evenly spaced query tiles), mass_exact that of the exact choice, mass_best that of
+the best choice there is, mass_chance that of as many blocks at random. The cost is its time, and
+`cost`, the scores computed for the mean tile as a share of the exact indexer's (a bound is a
+product of twice the width and counts as two).
 """
 
 import itertools
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gsa_kernels.attention_mass import probe
 from gsa_kernels.index_score.api import BOUND, HierarchicalFactors, IndexFactors
 from gsa_kernels.indexer_loss.api import dense_kl, selected_kl
 from gsa_kernels.select import select
 from gsa_kernels.select.api import Chosen
-from gsa_kernels.selection import TileLayout, tile_layout
+from gsa_kernels.selection import Selection, TileLayout, tile_layout
 from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
@@ -30,8 +34,7 @@ def topk_blocks(case: Case) -> Tensor:
     """[B, H, Q, N] blocks by torch.topk of the streamed scores, ascending, -1 at the end."""
     factors, spec = case.factors, case.spec
     layout = _layout(case)
-    n = case.q.shape[1]
-    width = spec.max_blocks(case.budget, n)
+    width = spec.max_blocks(case.budget, case.k.shape[1])
     prepared = factors.prepare(spec.key_block, None)
     wanted = min(spec.blocks_for(case.budget), width)
     pieces, tile = [], 0
@@ -54,22 +57,55 @@ def topk_blocks(case: Case) -> Tensor:
 
 
 def _layout(case: Case) -> TileLayout:
-    n = case.q.shape[1]
-    return tile_layout(case.spec, n, n, 0, None, case.q.device)
+    q_start, device = case.factors.q_start, case.q.device
+    return tile_layout(case.spec, case.q.shape[1], case.k.shape[1], q_start, None, device)
+
+
+def masses(case: Case, selection: Selection, rows: int) -> dict[str, float]:
+    """Dense attention that a selection covers, at `rows` evenly spaced query tiles, as a share of
+    that on the candidates: `mass`, and of as many blocks `mass_best`, the most there is, and
+    `mass_chance`, what random ones cover. Empty where every tile keeps all of its candidates."""
+    layout = selection.layout
+    last = layout.n_tiles - 1
+    tiles = sorted({round(i * last / max(1, rows - 1)) for i in range(rows)})
+    seen = probe(case.q, case.k, layout, tiles, selection)
+    possible = float(seen.possible.sum())
+    if not possible:
+        return {}
+    keys = (layout.local_BQ - layout.sink_hi_BQ)[:, None, tiles] / case.spec.key_block
+    share = selection.counts_BHQ[:, :, tiles] / keys.clamp_min(1)
+    share = share.movedim(-1, 0)
+    chance = share[(share > 0) & (share < 1)]  # the tiles that `probe` tells of, in its order
+    return {
+        "mass": float(seen.got.sum()) / possible,
+        "mass_best": float(seen.best.sum()) / possible,
+        "mass_chance": float((seen.possible * chance).sum()) / possible,
+    }
+
+
+def _ceiling(case: Case, wanted: Selection, rows: int) -> dict[str, float]:
+    """What the exact choice covers, and what any choice of as many blocks can."""
+    found = masses(case, wanted, rows)
+    return {"mass_exact": found.pop("mass"), **found} if found else {}
 
 
 def indexer_record(
-    shape: Shape, case: Case, budget_s: float = 1.0, exact: Case | None = None
+    shape: Shape,
+    case: Case,
+    budget_s: float = 1.0,
+    exact: Case | None = None,
+    mass_rows: int = 64,
 ) -> dict[str, Any]:
-    """Scoring and selection of a whole sequence beside the torch.topk pipeline. exact: the case
-    whose choice recall counts, where this one's keys are rounded."""
+    """Scoring and selection of all queries beside the torch.topk pipeline. exact: the case whose
+    choice recall counts, where this one's keys are rounded."""
     device = case.q.device
     with torch.no_grad():
         selection = case.choose()
         plain = topk_blocks(case)
-        recalled = {}
+        wanted = selection if exact is None else exact.choose()
+        recalled = masses(case, selection, mass_rows) | _ceiling(case, wanted, mass_rows)
         if exact is not None:
-            recalled["recall"] = recall(selection.blocks_BHQN, exact.choose().blocks_BHQN)
+            recalled["recall"] = recall(selection.blocks_BHQN, wanted.blocks_BHQN)
         score = milliseconds(case.score, device, budget_s)
         choose = milliseconds(case.choose, device, budget_s)
         topk = milliseconds(lambda: topk_blocks(case), device, budget_s)
@@ -92,25 +128,28 @@ def hierarchical_records(
     shape: Shape,
     case: Case,
     poolings: list[str],
-    pools: list[int],
-    survivors: list[int],
+    sizes: list[tuple[int, int]],
     budget_s: float = 0.5,
     exact: Case | None = None,
+    mass_rows: int = 64,
 ) -> list[dict[str, Any]]:
-    """Recall against cost of coarse-to-fine selection, for each pooling, pool and number of
-    survivors; of bounds (not taken of ReLU scores) also the share of tiles they prove exact, which
-    takes in those that leave nothing out. exact: the case whose choice is recalled, if another."""
+    """Recall against cost of coarse-to-fine selection, for each pooling and (pool, number of
+    survivors); of bounds (not taken of ReLU scores) also the share of tiles they prove exact,
+    which takes in those that leave nothing out. exact: the case whose choice is recalled, if
+    another. Queries that follow a cache find the pooled keys of its whole blocks there."""
     wanted = (exact or case).choose()
+    ceiling = _ceiling(case, wanted, mass_rows)
     rows = []
     given = {f.name: getattr(case.factors, f.name) for f in fields(IndexFactors)}
-    for pooling, pool, n in itertools.product(poolings, pools, survivors):
+    for pooling, (pool, n) in itertools.product(poolings, sizes):
         bound = pooling == BOUND
         if pool % case.spec.key_block or (bound and case.factors.activation != "sigmoid"):
             continue  # pooling blocks hold whole key blocks
         if n * pool >= shape.seq_len + pool:
             continue  # everything survives with fewer, too
         factors = HierarchicalFactors(**given, pooling=pooling, pool=pool, survivors=n)
-        blocks = case.spec.key_block if factors.block_score == "mean" else 1
+        if factors.q_start:
+            factors = factors.remember(_Kept())
 
         def choose(prove: bool = False, factors: IndexFactors = factors) -> Chosen:
             size = (case.budget, case.budget, case.q.shape[1])
@@ -125,12 +164,11 @@ def hierarchical_records(
             "pooling": pooling,
             "pool": pool,
             "survivors": n,
-            "nothing_left_out": _all_survive(case, pool, n),
+            **_coarse_cost(case, factors),
             "recall": recall(found.selection.blocks_BHQN, wanted.blocks_BHQN),
+            **masses(case, found.selection, mass_rows),
+            **ceiling,
             "choose_ms": ms,
-            "scored": min(n * pool, shape.seq_len) // blocks
-            + shape.seq_len // pool * (2 if bound else 1),
-            "scored_exact": shape.seq_len // blocks,
         }
         if found.proven_BHQ is not None:
             row["proven"] = float(found.proven_BHQ.float().mean())
@@ -138,11 +176,31 @@ def hierarchical_records(
     return rows
 
 
-def _all_survive(case: Case, pool: int, survivors: int) -> float:
-    """Share of the tiles that have candidates in no more pooling blocks than survive."""
-    layout = _layout(case)
-    pools = -(-layout.local_BQ // pool) - layout.sink_hi_BQ // pool
-    return float((pools <= survivors).float().mean())
+@dataclass
+class _Kept:
+    """What a decoding cache keeps of pooled keys, for calls that add no key."""
+
+    index_pooled_BMI: Tensor | None = None
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        assert self.index_pooled_BMI is None
+        setattr(self, name, new)
+        return new
+
+
+def _coarse_cost(case: Case, factors: HierarchicalFactors) -> dict[str, float]:
+    """nothing_left_out: the share of the tiles that have candidates in no more pooling blocks than
+    survive. cost: scores of pooling blocks and inside the survivors, of those of all blocks."""
+    layout, pool, kept = _layout(case), factors.pool, factors.survivors
+    keys = (layout.local_BQ - layout.sink_hi_BQ).clamp_min(0)
+    pools = (-(-layout.local_BQ // pool) - layout.sink_hi_BQ // pool).clamp_min(0)
+    unit = case.spec.key_block if factors.block_score == "mean" else 1
+    fine = torch.minimum(pools.clamp_max(kept) * pool, keys) / unit
+    coarse = pools * (2 if factors.bounded else 1)
+    return {
+        "nothing_left_out": float((pools <= kept).float().mean()),
+        "cost": float((coarse + fine).sum() / (keys / unit).sum().clamp_min(1e-9)),
+    }
 
 
 def objective_record(

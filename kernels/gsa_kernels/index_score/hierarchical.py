@@ -9,7 +9,7 @@ a tile whose last chosen score lies above every bound left out has chosen as exa
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gsa_kernels.topk import comparable, refuse_unless, top_blocks
 
 from .factors import IndexFactors
 from .keys import own_document, take
-from .pooled import BOUND, POOLINGS, check_pool, coarse_scores, running_pool
+from .pooled import BOUND, POOLINGS, check_pool, coarse_scores, pooled_keys
 from .scores import _CHUNK, Scored
 
 COARSE = (*POOLINGS, BOUND)
@@ -31,15 +31,16 @@ class HierarchicalFactors(IndexFactors):
     """IndexFactors that score exactly inside the best pooling blocks only.
 
     pooling: mean, max of each channel, or bound, which refuses negative head weights when it is
-    used (ValueError; a CUDA device asserts). `tile_scores` and `at`, which the training losses
-    read, stay exact for every block. Raises ValueError for an unknown pooling, for pool or
-    survivors below 1, and for bounds of ReLU scores, whose weights have either sign, or of a scale
-    below 0.
+    used (ValueError; a CUDA device asserts). memory: see BlockScores.remember. `tile_scores` and
+    `at`, which the training losses read, stay exact for every block. Raises ValueError for an
+    unknown pooling, for pool or survivors below 1, and for bounds of ReLU scores, whose weights
+    have either sign, or of a scale below 0.
     """
 
     pool: int = 256
     survivors: int = 64
     pooling: str = "mean"
+    memory: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,12 +68,17 @@ class HierarchicalFactors(IndexFactors):
             fine = (self.weight_BTJ < 0).any().logical_not()
             refuse_unless(fine, "pooling 'bound' needs head weights that are never negative")
 
+    def with_keys(self, k_BSI: Tensor) -> "HierarchicalFactors":
+        return replace(self, k_BSI=k_BSI, memory=None)
+
+    def remember(self, memory: Any) -> "HierarchicalFactors":
+        return replace(self, memory=memory)
+
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
-        """(what is scored exactly, documents, keys pooled up to each position)."""
+        """(what is scored exactly, documents, the Pooled keys)."""
         self.check(block)
         self.check_weights()
-        running = running_pool(self.keys_BSI, self.pool, self.pooling, doc_start_BS)
-        return (*super().prepare(block, doc_start_BS), running)
+        return (*super().prepare(block, doc_start_BS), pooled_keys(self, doc_start_BS))
 
     def tile_scores(
         self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Any
@@ -88,10 +94,10 @@ class HierarchicalFactors(IndexFactors):
         return max(1, room // (coarse + fine * (1 + self.k_BSI.shape[-1])))
 
     def scored(self, layout: TileLayout, tiles: slice, n_blocks: int, prepared: Any) -> Scored:
-        keys, docs, running = prepared
+        keys, docs, pooled = prepared
         c = layout.spec.key_block
         ratio = self.pool // c
-        coarse = coarse_scores(self, running, layout, tiles, n_blocks, self.pool, self.pooling)
+        coarse = coarse_scores(self, pooled, layout, tiles, n_blocks, self.pool, self.pooling)
         known = self.candidates(coarse, layout, tiles)
         local, sinks = layout.local_BQ[:, tiles, None], layout.sink_hi_BQ[:, tiles, None]
         wanted = torch.full_like(known[..., 0], self.survivors, dtype=torch.long)

@@ -45,6 +45,7 @@ def _block_scores(
     single: bool,
     running: Tensor | None = None,
     ratio: int = 1,
+    edge_start: int = 0,
 ) -> Tensor:
     """[B, H, rows, stride] float32 scores of blocks at the anchors of query tiles; no gradient.
 
@@ -53,13 +54,27 @@ def _block_scores(
     sizes: C, R, window, sinks, q_start. tiles: the first one and the one after the last (absolute
     numbers) and the columns wanted; stride is at least that. What is no candidate of its row is
     -inf or not written.
-    running [B, S, I]: a column is a pooling block of `ratio` blocks, scored from its key in k, or,
-    where it is the last before the local window, from the running one at its last position.
+    running [B, n, I], of positions edge_start ...: a column is a pooling block of `ratio` blocks,
+    scored from its key in k, or, where it is the last before the local window, from the running
+    one at its last position, which must be among these.
     """
     from . import triton_launch
 
     return triton_launch.block_scores(
-        q, k, weight, bias, docs, sizes, tiles, scale, sigmoid, heads, single, running, ratio
+        q,
+        k,
+        weight,
+        bias,
+        docs,
+        sizes,
+        tiles,
+        scale,
+        sigmoid,
+        heads,
+        single,
+        running,
+        ratio,
+        edge_start,
     )
 
 

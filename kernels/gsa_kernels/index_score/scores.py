@@ -62,6 +62,11 @@ class BlockScores:
         """The same queries against other keys (those of a cache)."""
         raise undefined(self, "with_keys()")
 
+    def remember(self, memory: Any) -> "BlockScores":
+        """The same factors, which keep in `memory` what later steps of a decoding need of the keys
+        so far: index_pooled_BMI, extended as the host's cache of keys (LayerCache)."""
+        return self
+
     def prepare(self, block: int, doc_start_BS: Tensor | None) -> Any:
         """Work that all tiles share, done once per call (keys pooled by block)."""
         return doc_start_BS

@@ -88,6 +88,7 @@ def block_scores(
     single: bool,
     running_BSI: Tensor | None,
     ratio: int,
+    edge_start: int = 0,
 ) -> Tensor:
     """[B, H, rows, stride] float32 scores of query tiles; see ops.block_scores."""
     c, r, window, sinks, q_start = sizes
@@ -108,7 +109,7 @@ def block_scores(
         weight_BTJ if docs_BS is None else docs_BS,
         weight_BTJ if running_BSI is None else running_BSI, out,
         queries, n_positions(docs_BS, running_BSI), q_start, first_tile, rows, key_rows,
-        k_BNPI.stride(0), stride, scale,
+        k_BNPI.stride(0), n_positions(running_BSI), edge_start, stride, scale,
         J=index_heads, H=heads, WIDTH=width, BI=padded(width),
         C=c, R=r, WINDOW=window, SINKS=sinks,
         PARTS=parts, SINGLE=single, CP=block, RATIO=ratio, EDGE=running_BSI is not None,

@@ -199,14 +199,16 @@ def own_scores(
     return score
 
 
-@triton.jit(do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows"])
+@triton.jit(
+    do_not_specialize=["T", "q_start", "first_tile", "rows", "key_rows", "edge_rows", "edge_start"]
+)
 def score_kernel(
     q_ptr,  # [B, T, J, I]
     k_ptr,  # [B, key_rows, PARTS, I]: mean keys, or single ones where SINGLE; see batch_stride
     weight_ptr,  # [B, T, J]
     bias_ptr,  # [J]
     docs_ptr,  # [B, S]
-    edge_ptr,  # [B, S, I] keys pooled up to each position, where EDGE
+    edge_ptr,  # [B, edge_rows, I] keys pooled up to the positions from edge_start on, where EDGE
     out_ptr,  # [B, H, rows, stride] float32
     T,
     S,
@@ -215,6 +217,8 @@ def score_kernel(
     rows,
     key_rows,
     batch_stride,  # of k
+    edge_rows,
+    edge_start,
     stride,
     scale,
     J: tl.constexpr,
@@ -306,8 +310,9 @@ def score_kernel(
             cut = tl.where(row_ok & (local > 0), (local - 1) // (C * RATIO), -1)
             hit = (cut >= column_0) & (cut < column_0 + CB)
             if tl.max(hit.to(tl.int32), 0) > 0:
+                edge = b.to(tl.int64) * edge_rows + (local - 1 - edge_start)
                 whole = own_scores(
-                    q_ptr, edge_ptr, weight_ptr, bias_ptr, q_line, b.to(tl.int64) * S + local - 1,
+                    q_ptr, edge_ptr, weight_ptr, bias_ptr, q_line, edge,
                     hit, slope, unit, h, JH, WIDTH, BI, SIGMOID, HAS_BIAS
                 )  # fmt: skip
                 score = tl.where(column[None, :] == cut[:, None], whole[:, None], score)

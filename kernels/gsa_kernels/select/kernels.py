@@ -10,7 +10,7 @@ from gsa_kernels.index_score import ops as score_ops
 from gsa_kernels.index_score import survivor_ops
 from gsa_kernels.index_score.api import BlockScores, HierarchicalFactors, IndexFactors, Scored
 from gsa_kernels.index_score.fp8 import product_dtype
-from gsa_kernels.index_score.pooled import both_signs
+from gsa_kernels.index_score.pooled import Pooled, both_signs, pooled_keys
 from gsa_kernels.selection import SelectionSpec, TileLayout, n_tiles
 
 from . import filtering, ops
@@ -252,7 +252,7 @@ class CoarseRows(FactorRows):
         super().__init__(factors, spec, layout, doc_start_BS)
         factors.check(spec.key_block)
         self.ratio = factors.pool // spec.key_block
-        self.running: Tensor | None = None
+        self.pooled: Pooled | None = None
 
     def stop(self, tile: int) -> int:
         coarse = self.factors.k_BSI.shape[1] // self.factors.pool + 1
@@ -264,22 +264,21 @@ class CoarseRows(FactorRows):
         return tile + max(1, min(rows, self.tiles - tile))
 
     def score(self, tiles: slice, n_blocks: int) -> Scored:
-        factors, pool = self.factors, self.factors.pool
+        factors = self.factors
         single = factors.block_score == "max" and self.spec.key_block > 1
-        if self.keys is None or self.running is None:
+        if self.keys is None or self.pooled is None:
             self.keys = self._scored_keys(single)
-            k = rows_together(factors.k_BSI)
-            dtype = product_dtype(self.q, k)
-            self.running = survivor_ops.running_pool(k, self.docs, pool, factors.pooling, dtype)
             factors.check_weights()
             self.q_coarse = both_signs(self.q) if factors.bounded else self.q
-            self.pooled = self.running[:, pool - 1 :: pool, None].contiguous()
+            self.pooled = pooled_keys(factors, self.docs, self._running)
+            self.whole = rows_together(self.pooled.whole_BMI)[:, :, None]
         first = self.first_tile + tiles.start
+        running, edge_start = self._edges(self.pooled, first, self.first_tile + tiles.stop)
         columns = -(-n_blocks // self.ratio)
         shared = (float(factors.scale), factors.activation == "sigmoid")
         coarse = score_ops.block_scores(
             self.q_coarse,
-            self.pooled,
+            self.whole,
             self.weight,
             self.bias,
             self.docs,
@@ -288,8 +287,9 @@ class CoarseRows(FactorRows):
             *shared,
             factors.heads,
             False,
-            self.running,
+            running,
             self.ratio,
+            edge_start,
         )
         most = min(factors.survivors, columns)
         best = ops.top_blocks(
@@ -312,6 +312,23 @@ class CoarseRows(FactorRows):
             return held
         unseen = factors.unseen(coarse[..., :columns], self.tile_layout, tiles)
         return replace(held, allowed=scores != -torch.inf, unseen=unseen)
+
+    def _running(self, k: Tensor, docs: Tensor | None) -> Tensor:
+        """Keys pooled up to each position."""
+        dtype, k = product_dtype(self.q, k), rows_together(k)
+        factors = self.factors
+        return survivor_ops.running_pool(k, docs, factors.pool, factors.pooling, dtype)
+
+    def _edges(self, pooled: Pooled, first: int, stop: int) -> tuple[Tensor, int]:
+        """(keys pooled up to the positions from n on, n), with all that some tiles need."""
+        if pooled.running_BSI is not None:
+            return pooled.running_BSI, 0
+        c, r = self.spec.key_block, self.spec.query_tile
+        last = [max(0, tile * r - self.spec.window + 1) // c * c for tile in (first, stop - 1)]
+        low = max(0, last[0] - 1) // self.factors.pool * self.factors.pool
+        at = slice(low, max(last[1], low + 1))
+        docs = None if self.docs is None else self.docs[:, at] - low
+        return self._running(self.factors.k_BSI[:, at], docs), low
 
     def choose(
         self, scored: Scored, tiles: slice, wanted: int | Tensor, most: int, n_blocks: int

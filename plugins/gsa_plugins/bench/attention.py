@@ -94,8 +94,8 @@ class AttentionBench(LayerBench):
         """Cached keys, about seq_len: the new token begins a tile, so that it chooses."""
         r = shape.spec.query_tile
         cache = shape.seq_len // r * r
-        held = cache + 1 if self.captured is None else self.captured["q_BTHE"].shape[1]
-        if cache + 1 > held:
+        held = [layer["q_BTHE"].shape[1] for layer in self.captured.values()]
+        if held and cache + 1 > held[0]:
             cache -= r
         if cache < 1:
             raise UserError(f"--passes decode needs a --seq-len of {r} at least")

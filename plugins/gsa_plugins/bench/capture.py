@@ -1,4 +1,4 @@
-"""The inputs of one trained attention layer on real text: q, k, v, gates and index factors."""
+"""The inputs of trained attention layers on real text: q, k, v, gates and index factors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,8 @@ class CaptureBench(Benchmark):
         s = self.settings
         cuda = s.device == "cuda" or (s.device == "auto" and torch.cuda.is_available())
         device = torch.device("cuda" if cuda else "cpu")
-        tensors = capture(s.checkpoint, s.layer, s.tokens, device, progress.say)
+        sizes = (s.tokens, s.sequences)
+        (tensors,) = capture(s.checkpoint, [s.layer], *sizes, device, progress.say)
         target = Path(s.tensors)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.part")
@@ -51,11 +52,17 @@ class CaptureBench(Benchmark):
 
 
 def captured(
-    path: str, layer: int, tokens: int, device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Captured tensors of a file that `capture` wrote, or of a checkpoint, captured now."""
+    path: str,
+    layers: list[int],
+    tokens: int,
+    sequences: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Captured tensors of the file that `capture` wrote, which holds one layer, or of layers of a
+    checkpoint, captured now."""
     if Path(path).suffix != ".pt":
-        return capture(path, layer, tokens, device, say)
+        return capture(path, layers, tokens, sequences, device, say)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         good = tensors["format"] == FORMAT
@@ -64,44 +71,70 @@ def captured(
     if not good:
         raise UserError(f"--checkpoint {path} is of another version; run 'bench capture' again")
     assert isinstance(tensors, dict)
-    return tensors
+    return [tensors]
 
 
 @torch.no_grad()
 def capture(
-    path: str, layer: int, tokens: int, device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run the checkpoint on its validation text once and keep what one layer was given, on the
-    CPU (see gsa_kernels.bench.case.from_capture). tokens: 0 = the trained context; documents are
-    ignored, the text is one sequence.
+    path: str,
+    layers: list[int],
+    tokens: int,
+    sequences: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Run the checkpoint on `sequences` validation texts and keep what each of the layers was
+    given, on the CPU (see gsa_kernels.bench.case.from_capture). tokens: of a text, 0 = the trained
+    context; documents are ignored, a text is one sequence.
 
-    Raises UserError where there is no such layer, or it has no first-party index factors.
+    Raises UserError where there is no such layer, it has no first-party index factors, or there
+    are fewer texts.
     """
     from gsa_platform.eval.command import load
 
-    context = [f"context={tokens}"] if tokens else []
-    run = load([f"checkpoint={path}", *context])
+    more = [f"context={tokens}"] if tokens else []
+    run = load([f"checkpoint={path}", f"train.val_batches={sequences}", *more])
     model = run.module.to(device).model
-    number, target = _layer(list(model.blocks), layer)
-    batch = next(iter(run.data.val_dataloader()), None)
-    if batch is None:
+    targets = dict(_layer(list(model.blocks), layer) for layer in layers)
+    batches = [batch["tokens_BT"] for batch in run.data.val_dataloader()]
+    if not batches:
         raise UserError("there is no validation text: data.val_fraction must be above 0")
-    text = batch["tokens_BT"][:1].to(device)
-    say(f"capture: layer {number} of {run.checkpoint}, {text.shape[1]:,} tokens")
-    found: dict[str, Any] = {}
-
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(_inputs(module, *args, **kwargs))
-
-    hook = target.register_forward_pre_hook(keep, with_kwargs=True)
+    texts = torch.cat(batches)[:sequences].to(device)
+    if len(texts) < sequences:
+        raise UserError(f"there are only {len(texts)} validation texts, not {sequences}")
+    numbers = " ".join(map(str, targets))
+    say(f"capture: layers {numbers} of {run.checkpoint}, {len(texts)} x {texts.shape[1]:,} tokens")
     half = device.type == "cuda" and "bf16" in str(run.cfg.trainer.precision)
+    found: dict[int, list[dict[str, Any]]] = {number: [] for number in targets}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = _inputs(module, *args, **kwargs).items()
+            kept = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in given}
+            found[number].append(kept)
+
+        return hook
+
+    hooks = [
+        target.register_forward_pre_hook(keep(number), with_kwargs=True)
+        for number, target in targets.items()
+    ]
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            model(text)
+            for text in texts:
+                model(text[None])
     finally:
-        hook.remove()
-    kept = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in found.items()}
-    return kept | {"format": FORMAT, "source": str(run.checkpoint), "layer": number}
+        for hook in hooks:
+            hook.remove()
+    same = {"format": FORMAT, "source": str(run.checkpoint)}
+    return [_joined(parts) | same | {"layer": number} for number, parts in found.items()]
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a layer computed of each sequence, as one batch; its parameters and settings once."""
+    first = parts[0]
+    batched = [k for k, v in first.items() if isinstance(v, Tensor) and k != "index_bias_J"]
+    return first | {k: torch.cat([part[k] for part in parts]) for k in batched}
 
 
 def _layer(blocks: list[Any], wanted: int) -> tuple[int, Any]:

@@ -1,5 +1,6 @@
 """`bench indexer`: scoring, selection and objective of an indexer, without the attention."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,8 @@ Measure = Callable[[Shape, Case, Case | None], list[dict[str, Any]]]
 
 class IndexerBench(LayerBench):
     """For each shape a record of select, one of the objective, and those of coarse to fine; the
-    recall of rounded index keys is that of the choice of unrounded ones."""
+    recall of rounded index keys is that of the choice of unrounded ones. Raises ValueError for
+    options that cannot go together."""
 
     settings: IndexerBenchSettings
 
@@ -26,15 +28,24 @@ class IndexerBench(LayerBench):
         super().__init__(settings)
         if min(settings.pool) < 0 or min(settings.survivors) < 1:
             raise ValueError("--survivors must be at least 1, and --pool (0 leaves it out)")
+        if any(n < 1 for n in settings.survivor_keys) or settings.mass_rows < 1:
+            raise ValueError("--survivor-keys and --mass-rows must be at least 1")
+        for length, (_, r) in itertools.product(self.lengths, self.granularities):
+            if settings.queries and not _whole(length, settings.queries, r):
+                raise ValueError(
+                    f"--queries {settings.queries}: the last so many of {length} must be whole "
+                    f"query tiles of {r}"
+                )
 
     def run(self, progress: Progress) -> dict[str, Any]:
         self.load(progress)
         report = self.begin(progress)
         report["skipped"] = []
         for shape in self.shapes():
-            case = self.inputs(shape)
+            case = self.inputs(shape, self.settings.queries)
             rounded = shape.key_dtype != "auto"
-            exact = self.inputs(replace(shape, key_dtype="auto")) if rounded else None
+            unrounded = replace(shape, key_dtype="auto")
+            exact = self.inputs(unrounded, self.settings.queries) if rounded else None
             for name, measure in self._parts():
                 try:
                     rows = measure(shape, case, exact)
@@ -57,7 +68,12 @@ class IndexerBench(LayerBench):
     def _parts(self) -> list[tuple[str, Measure]]:
         s = self.settings
         parts: list[tuple[str, Measure]] = [
-            ("select", lambda shape, case, exact: [indexer_record(shape, case, s.seconds, exact)])
+            (
+                "select",
+                lambda shape, case, exact: [
+                    indexer_record(shape, case, s.seconds, exact, s.mass_rows)
+                ],
+            )
         ]
         if s.dense_rows:
             parts.append(
@@ -70,12 +86,19 @@ class IndexerBench(LayerBench):
             )
         if 0 in s.pool:
             return parts
+        sizes = list(itertools.product(s.pool, s.survivors))
+        if s.survivor_keys:
+            sizes = [(p, max(1, n // p)) for p, n in itertools.product(s.pool, s.survivor_keys)]
         parts.append(
             (
                 "hierarchical",
                 lambda shape, case, exact: hierarchical_records(
-                    shape, case, s.pooling, s.pool, s.survivors, s.seconds / 2, exact
+                    shape, case, s.pooling, sizes, s.seconds / 2, exact, s.mass_rows
                 ),
             )
         )
         return parts
+
+
+def _whole(length: int, queries: int, tile: int) -> bool:
+    return 0 <= queries <= length and (length - queries) % tile == 0

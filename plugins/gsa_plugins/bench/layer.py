@@ -45,17 +45,19 @@ class LayerBench(Benchmark):
         self.dtype: torch.dtype = getattr(torch, name)
         if (s.inputs == "checkpoint") != bool(s.checkpoint):
             raise ValueError("--inputs checkpoint and --checkpoint PATH go together")
-        lowest = {"heads": 0, "head_dim": 0, "k": 0, "key_block": 0, "layer": -1}
-        for option, low in lowest.items() | {("index_heads", 1), ("index_dim", 1), ("memory", 1)}:
+        lowest = {"heads": 0, "head_dim": 0, "k": 0, "key_block": 0, "index_heads": 1}
+        for option, low in (lowest | {"index_dim": 1, "memory": 1, "sequences": 1}).items():
             if getattr(s, option) < low:
                 raise ValueError(f"--{option.replace('_', '-')} must be at least {low}")
         if any(n < 1 for n in (*s.seq_len, *s.batch)):
             raise ValueError("--seq-len and --batch must be at least 1")
+        if not s.layer or min(s.layer) < -1:
+            raise ValueError("--layer must be at least -1")
         self.kv_heads = [n or _DEFAULTS["kv_heads"][not cuda] for n in s.kv_heads]
         heads = s.heads or _DEFAULTS["heads"][not cuda]
         if any(n < 1 or heads % n for n in self.kv_heads):
             raise ValueError(f"--kv-heads {s.kv_heads} do not divide --heads {heads}")
-        self.captured: dict[str, Any] | None = None
+        self.captured: dict[int, dict[str, Any]] = {}
         try:
             self.granularities = [granularity(s.mode, s.key_block, r) for r in s.query_tile]
         except ValueError as error:  # it speaks of settings of a run
@@ -72,10 +74,12 @@ class LayerBench(Benchmark):
     def load(self, progress: Progress) -> None:
         """The captured tensors, where they are asked for."""
         s = self.settings
-        if s.inputs == "checkpoint" and self.captured is None:
+        if s.inputs == "checkpoint" and not self.captured:
             tokens = max(self.lengths)
-            self.captured = captured(s.checkpoint, s.layer, tokens, self.device, progress.say)
-            held = self.captured["q_BTHE"].shape[1]
+            sizes = (tokens, s.sequences)
+            layers = captured(s.checkpoint, s.layer, *sizes, self.device, progress.say)
+            self.captured = {found["layer"]: found for found in layers}
+            held = layers[0]["q_BTHE"].shape[1]
             if tokens > held:
                 raise UserError(
                     f"--checkpoint {s.checkpoint} holds {held} tokens, not {tokens}: capture a "
@@ -83,7 +87,7 @@ class LayerBench(Benchmark):
                 )
 
     def shapes(self) -> Iterator[Shape]:
-        """Every combination asked for, lengths outermost."""
+        """Every combination asked for, layers outermost, then lengths."""
         s, cpu = self.settings, self.device.type != "cuda"
         sizes: dict[str, int] = {
             "heads": s.heads or _DEFAULTS["heads"][cpu],
@@ -92,31 +96,31 @@ class LayerBench(Benchmark):
             "index_dim": s.index_dim,
         }
         kv_heads = self.kv_heads
-        if self.captured is not None:
-            sizes = shape_of_capture(self.captured)
+        if self.captured:
+            sizes = shape_of_capture(next(iter(self.captured.values())))
             kv_heads = [sizes.pop("kv_heads")]
-        for length in self.lengths:
-            for n in kv_heads:
-                for spec in self._specs():
-                    for batch, key_dtype in itertools.product(s.batch, s.key_dtype):
-                        yield Shape(
-                            s.mode,
-                            spec,
-                            length,
-                            kv_heads=n,
-                            key_dtype=key_dtype,
-                            k=s.k or _DEFAULTS["k"][cpu],
-                            device=self.device,
-                            dtype=self.dtype,
-                            batch=batch,
-                            inputs=s.inputs,
-                            memory=s.memory,
-                            impl=s.impl,
-                            **sizes,
-                        )
+        layers, specs = self.captured or [-1], self._specs()
+        parts = (layers, self.lengths, kv_heads, specs, s.batch, s.key_dtype)
+        for layer, length, n, spec, batch, key_dtype in itertools.product(*parts):
+            yield Shape(
+                s.mode,
+                spec,
+                length,
+                kv_heads=n,
+                key_dtype=key_dtype,
+                k=s.k or _DEFAULTS["k"][cpu],
+                device=self.device,
+                dtype=self.dtype,
+                batch=batch,
+                inputs=s.inputs,
+                layer=layer,
+                memory=s.memory,
+                impl=s.impl,
+                **sizes,
+            )
 
     def inputs(self, shape: Shape, queries: int = 0) -> Case:
-        return make_case(shape, self.captured, queries)
+        return make_case(shape, self.captured.get(shape.layer), queries)
 
     def begin(self, progress: Progress) -> dict[str, Any]:
         """Check every granularity and number of heads; then the report with the rates measured.
@@ -129,6 +133,7 @@ class LayerBench(Benchmark):
         for shape in self._checked():
             label = f"C={shape.spec.key_block} R={shape.spec.query_tile} K={shape.kv_heads}"
             label += "" if shape.key_dtype == "auto" else f" {shape.key_dtype} index keys"
+            label += f" layer {shape.layer}" if len(self.captured) > 1 else ""
             if label in report["checked"]:
                 continue
             for name, case, backward in self.checks(shape, label):

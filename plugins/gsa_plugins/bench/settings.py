@@ -9,7 +9,7 @@ _DENSE = {"choices": ("cudnn", "flash", "efficient", "math", "fa3", "xformers")}
 _MODES = {"choices": ("tile", "block", "token")}
 _INPUTS = {"choices": ("random", "smooth", "checkpoint")}
 _POOLINGS = {"choices": ("mean", "max", "bound")}
-_KEYS = {"choices": ("auto", "fp8")}
+_KEYS = {"choices": ("auto", "bf16", "fp8")}
 _DEVICES = {"choices": ("auto", "cuda", "cpu")}
 _DTYPES = {"choices": ("auto", "bfloat16", "float16", "float32")}
 _IMPLS = {"choices": ("auto", "triton", "eager")}
@@ -37,12 +37,14 @@ class LayerBenchSettings(BenchmarkSettings):
     sinks: int = 64  # first keys, always attended
     index_heads: int = 4
     index_dim: int = 64
-    # of index keys: auto, that of the queries; fp8, one byte a channel
+    # of index keys: auto, that of the queries; bf16; fp8, one byte a channel
     key_dtype: list[str] = field(default_factory=lambda: ["auto"], metadata=_KEYS)
     inputs: str = field(default="random", metadata=_INPUTS)
     memory: int = 256  # positions that index queries of --inputs smooth remember
     checkpoint: str = ""  # run folder, .ckpt or captured .pt file, for --inputs checkpoint
-    layer: int = -1  # layer to capture; -1 = the middle one with an indexer
+    # layers to capture; -1 = the middle one with an indexer
+    layer: list[int] = field(default_factory=lambda: [-1])
+    sequences: int = 1  # validation texts to capture, which a batch takes in turn
     device: str = field(default="auto", metadata=_DEVICES)
     dtype: str = field(default="auto", metadata=_DTYPES)
     impl: str = field(default="auto", metadata=_IMPLS)
@@ -63,6 +65,9 @@ class IndexerBenchSettings(LayerBenchSettings):
     pooling: list[str] = field(default_factory=lambda: ["mean", "bound"], metadata=_POOLINGS)
     pool: list[int] = field(default_factory=lambda: [128, 256, 512])  # 0: leave it out
     survivors: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    survivor_keys: list[int] = field(default_factory=list)  # keys in them, instead of survivors
+    queries: int = 0  # so many last ones only; 0 = all
+    mass_rows: int = 64  # query tiles whose dense attention tells the mass covered
     dense_rows: int = 8  # query tiles of the KL over every candidate; 0 = no KL
 
 
@@ -71,5 +76,6 @@ class CaptureSettings(BenchmarkSettings):
     checkpoint: str = ""  # run folder or .ckpt
     layer: int = -1  # -1 = the middle one with an indexer
     tokens: int = 0  # of the text; 0 = the context the model was trained with
+    sequences: int = 1  # texts
     tensors: str = "captured.pt"  # file to write
     device: str = field(default="auto", metadata=_DEVICES)

@@ -25,6 +25,7 @@ _ATTENTION = {
     "peak_extra_bytes": ("extra MB", "{:.0f}"),
 }
 _INDEXER = {
+    "layer": ("layer", "{}"),
     "seq_len": ("tokens", "{:,}"),
     "batch": ("B", "{}"),
     "C": ("C", "{}"),
@@ -35,7 +36,12 @@ _INDEXER = {
     "pool": ("pool", "{}"),
     "survivors": ("survivors", "{}"),
     "nothing_left_out": ("all survive", "{:.1%}"),
+    "cost": ("cost", "{:.1%}"),
     "recall": ("recall", "{:.1%}"),
+    "mass": ("mass", "{:.1%}"),
+    "mass_exact": ("of the exact choice", "{:.1%}"),
+    "mass_best": ("possible", "{:.1%}"),
+    "mass_chance": ("by chance", "{:.1%}"),
     "proven": ("proven exact", "{:.1%}"),
     "score_ms": ("score ms", "{:.3f}"),
     "select_ms": ("select ms", "{:.3f}"),
