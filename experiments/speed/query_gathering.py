@@ -7,6 +7,7 @@ checked against the float64 reference at 500 tokens, and against the union tiles
 length. Times are of the attention alone, the selection is given: `whole`, then its parts (lists,
 near keys, gathering, merging) one by one; `passes` is gathering and merging as `whole` makes them,
 `graph` a CUDA graph of that. A line is one Tuning; query_gathering_kernels.py has the design.
+`paired_groups` in the JSON is another design, of paired_groups.py.
 
 Predicted for T = 131072, H = 16, K = 4, E = 128, C = 64, k = 2048, so 29 blocks chosen by each
 query: 3.8 M choices, 60.8 M rows of (query, head, block). Counts are those of smooth inputs.
@@ -46,6 +47,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import paired_groups
 import torch
 from query_gathering_kernels import Lists, Tuning, attend, launch, make_lists, near_keys, passes
 from torch import Tensor
@@ -184,6 +186,25 @@ def record(
     return row
 
 
+def paired_record(
+    case: Case, v: Tensor, selection: Selection, want: tuple[Tensor, Tensor], budget_s: float
+) -> dict[str, Any]:
+    """Paired groups: the difference; times of the whole, of its unions, of window and sinks."""
+    device, near = case.q.device, replace(selection, blocks_BHQN=selection.blocks_BHQN[..., :0])
+
+    def whole(stages: int = 2) -> tuple[Tensor, Tensor]:
+        tensors = (case.q, case.k, v, selection)
+        return paired_groups.attend(*tensors, impl=case.impl, stages=stages)
+
+    row: dict[str, Any] = {"difference": differences(whole(), want)}
+    for stages in (2, 3):
+        row[f"whole_{stages}_stages_ms"] = milliseconds(partial(whole, stages), device, budget_s)
+    row["unions_ms"] = milliseconds(lambda: paired_groups.unite(selection), device, budget_s)
+    row["near_ms"] = milliseconds(lambda: union_tiles(case, v, near), device, budget_s)
+    visits = paired_groups.unite(selection)[2].float().mean()
+    return row | {"visits": float(visits), "extra_bytes": peak_bytes(whole, device)}
+
+
 COLUMNS = {
     "whole": "whole_ms",
     "lists": "lists_ms",
@@ -244,6 +265,7 @@ def main() -> None:
         report["union_tiles_ms"] = milliseconds(
             lambda: union_tiles(case, v, selection), device, args.seconds
         )
+        report["paired_groups"] = paired_record(case, v, selection, want, args.seconds)
         print(json.dumps(report), flush=True)
         print(f"{'':36}" + "".join(f"{name:>9}" for name in COLUMNS) + "  differences")
         report["records"] = []

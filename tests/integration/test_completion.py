@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("fresh_registry")
         ("gsa-platform runs doctor --", ["--fix"]),
         ("gsa-platform eval ch", ["checkpoint="]),
         ("gsa-platform bench ", ["attention", "capture", "indexer"]),
-        ("gsa-platform bench attention --se", ["--seconds", "--seq-len"]),
+        ("gsa-platform bench attention --se", ["--seconds", "--seq-len", "--sequences"]),
         ("gsa-platform bench attention --mode t", ["tile", "token"]),
         ("gsa-platform bench absent --", []),
         ("gsa-platform --cf", ["--cfg"]),

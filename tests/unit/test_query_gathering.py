@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STUDY = Path(__file__).parents[2] / "experiments" / "speed"
-NAMES = ("query_gathering_kernels", "query_gathering")
+NAMES = ("query_gathering_kernels", "query_gathering", "paired_groups")
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
@@ -248,5 +248,6 @@ def test_the_command(study, monkeypatch, tmp_path, capsys):
     for row in report["records"]:
         assert "error" not in row and row["difference"]["out"] < 1e-2
         assert row["whole_ms"] > 0 and row["rows_computed"] >= 1
+    assert report["paired_groups"]["difference"]["out"] < 1e-2
     assert report["records"][0]["far_choices"] > 0.3 and "union_tiles_ms" in report
     assert names[1] in capsys.readouterr().out
