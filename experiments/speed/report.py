@@ -9,6 +9,7 @@ measured alone hold scoring and selection together in select_ms.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,13 +83,18 @@ MEASURED = (
     "selected_kl_ms", "dense_kl_ms", "peak_extra_bytes", "topk_extra_bytes", "selected_kl_share",
     "dense_kl_share",
 )  # fmt: skip
+UNMEASURED = re.compile("host_ms|.*_extra_bytes")  # where they are 0
 GROUP = ("mode", "C", "R", "kv_heads", "inputs")
 
 
 def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
-    """Markdown: the columns that a record has."""
+    """Markdown: the columns that a record has, but what a CPU does not measure and notes as 0."""
     rows = report["records"]
-    columns = {n: c for n, c in columns.items() if any(n in row for row in rows)}
+    columns = {
+        n: c
+        for n, c in columns.items()
+        if any(row[n] or not UNMEASURED.fullmatch(n) for row in rows if n in row)
+    }
     if "select_ms" in columns and not any("score_ms" in row for row in rows):
         columns["select_ms"] = ("scoring and selection, ms", "{:.2f}")
     lines = [

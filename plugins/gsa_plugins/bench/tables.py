@@ -101,8 +101,12 @@ def _head(report: dict[str, Any]) -> str:
 
 
 def table(columns: dict[str, tuple[str, str]], records: list[dict[str, Any]]) -> str:
-    """The columns that a record has, aligned to the right."""
-    columns = {n: c for n, c in columns.items() if any(n in row for row in records)}
+    """The columns that a record has, aligned to the right, but for what a CPU does not measure."""
+    columns = {
+        n: c
+        for n, c in columns.items()
+        if any(row[n] or n not in ("host_ms", "peak_extra_bytes") for row in records if n in row)
+    }
     rows = [[title for title, _ in columns.values()]]
     for row in records:
         shown = row | {"peak_extra_bytes": row.get("peak_extra_bytes", 0) / 1e6}
