@@ -41,6 +41,7 @@ COLUMNS = {
     "gathered_share": ("gathered bytes/s", "{:.0%}"),
     "peak_extra_bytes": ("extra memory, MB", "{:.0f}"),
     "attend_extra_bytes": ("of the attention, MB", "{:.0f}"),
+    "backward_extra_bytes": ("of its backward, MB", "{:.0f}"),
 }
 INDEXER_COLUMNS = {
     "seq_len": ("tokens", "{:,}"),

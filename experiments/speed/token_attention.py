@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def record(
         note("forward_mass_ms", milliseconds(lambda: attend(mass=True), device))
     note("atomic_forward_backward_ms", milliseconds(lambda: both(False), device))
     note("extra_bytes", peak_bytes(lambda: both(False), device))
+    out = attend().out_BTHE
+    gradients = partial(torch.autograd.grad, out, tensors, dout, retain_graph=True)
+    note("backward_extra_over_q", peak_bytes(gradients, device) / (q.numel() * q.element_size()))
     note("owned_forward_backward_ms", milliseconds(lambda: both(True), device))
     return row
 

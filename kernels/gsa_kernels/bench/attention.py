@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsa_kernels.selection import Selection
 from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
@@ -53,13 +54,23 @@ def layer_record(
         times = _times(cases, attention, whole, device, budget_s)
         extra = peak_bytes(partial(whole, 0), device)
         alone = peak_bytes(partial(attention, 0), device)
+        gradients = _backward_bytes(cases[0], values[0], chosen[0], dout) if backward else None
     tensors = [(c.q, c.k, v) for c, v in zip(cases, values, strict=True)]
     found, refused = dense_times(tensors, dense, backward, others, budget_s)
     record = _record(shape, name, times, found, refused, extra)
     counted = work(chosen[0], shape.heads, shape.kv_heads)
     record["keys_attended"] = counted.pairs / (shape.heads * shape.seq_len * shape.batch)
     record["attend_extra_bytes"] = alone
+    if gradients is not None:
+        record["backward_extra_bytes"] = gradients
     return record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
+
+
+def _backward_bytes(case: Case, v: Tensor, selection: Selection, dout: Tensor) -> int:
+    """What the attention's backward allocates at its peak, the gradients included."""
+    out = sparse_attention(case.q, case.k, v, selection, impl=case.impl).out_BTHE
+    leaves = (case.q, case.k, v)
+    return peak_bytes(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), v.device)
 
 
 def _times(
