@@ -27,7 +27,7 @@ from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, power_of_2
 from gsa_kernels.sparse_attention import sparse_attention
 from gsa_kernels.sparse_attention.triton_forward import accumulate, mask_of
-from gsa_kernels.sparse_attention.triton_launch import LOG2E, _boxes
+from gsa_kernels.sparse_attention.triton_launch import LOG2E, boxes
 
 PAIRED = 32  # queries of two groups: a bit each
 
@@ -230,7 +230,7 @@ def attend(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     run(
         pair_kernel, (counts.shape[2], batch * kv_heads),
-        q, k, v, *_boxes(True, spec.key_block, k, v), counts if docs is None else docs,
+        q, k, v, *boxes(True, spec.key_block, k, v), counts if docs is None else docs,
         lists, bits, counts, out, lse, queries, k.shape[1], selection.q_start, lists.shape[3],
         scale * LOG2E, H=heads, K=kv_heads, HS=lists.shape[1], E=width, C=spec.key_block,
         HAS_DOCS=docs is not None, STAGES=stages,

@@ -3,10 +3,10 @@
     python experiments/speed/sanitize.py                          the tests in TESTS
     python experiments/speed/sanitize.py --tool memcheck -- FILE -k NAME     others
 
-Every access of every kernel is checked, so shapes must be tiny; --jobs runs take place at a time
-(16 programs fit a GPU of 80 GB, compiling takes a core each). Allocations are not cached, else
-an access past a tensor would fall into its neighbour unseen. Exits with 1 if a tool found an error
-or a test failed, with 2 where there is no compute-sanitizer or no CUDA device.
+Every access of every kernel is checked, so shapes must be tiny; --jobs runs take place at a time,
+each on a core that compiles. Allocations are not cached, else an access past a tensor would fall
+into its neighbour unseen. Exits with 1 if a tool found an error or a test failed, with 2 where
+there is no compute-sanitizer or no CUDA device.
 """
 
 import argparse

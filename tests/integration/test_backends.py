@@ -94,11 +94,12 @@ def test_later_tokens_change_nothing(case):
 
 
 @cases(EVERY)
-@pytest.mark.parametrize("docs", [None, documents()], ids=["one_doc", "docs"])
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(
+    ("docs", "cuts"),
+    [(None, "token_by_token"), (None, "chunks"), (documents(), "chunks")],
+    ids=["token_by_token-one_doc", "chunks-one_doc", "chunks-docs"],
+)
 def test_decoding_is_the_full_forward(case, docs, cuts):
-    if cuts == "token_by_token" and docs is not None:
-        pytest.skip("chunks suffice")
     model = build_case(case).eval()
     text = tokens()
     with torch.no_grad():

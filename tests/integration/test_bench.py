@@ -146,6 +146,8 @@ def test_nothing_is_timed_of_a_wrong_result(monkeypatch, capsys, tmp_path):
         (["indexer", "--survivor-keys", "0"], ["at least 1"]),
         (["indexer", "--seq-len", "256", "--queries", "65"], ["whole query tiles of 64"]),
         (["indexer", "--layer", "-2"], ["at least -1"]),
+        (["indexer", "--layer", "0", "1"], ["--checkpoint PATH"]),
+        (["attention", "--sequences", "2"], ["--checkpoint PATH"]),
         (["capture"], ["--checkpoint PATH"]),
     ],
 )

@@ -213,13 +213,12 @@ def test_unions_in_little_scratch(monkeypatch, owned_keys):
     check(selection, (torch.zeros_like(q), k, v, bias))  # every logit equal but for the bias
 
 
-@owned
-@pytest.mark.parametrize("granularity", [(1, 1), (16, 1)], ids=granularity_id)
+@pytest.mark.parametrize(
+    ("granularity", "owned"), [((1, 1), False), ((1, 1), True), ((16, 1), False)], ids=str
+)
 def test_unions_of_some_groups_at_a_time(granularity, owned, monkeypatch, owned_keys):
     from gsa_kernels.sparse_attention import triton_union
 
-    if granularity[0] > 1 and owned:
-        pytest.skip("only single keys can be owned")
     owned_keys(owned)
     whole = make_selection(340, granularity, window=20, sinks=3, budget=60, documents=True)
     part = type(whole)(whole.spec, whole.blocks_BHQN[:, :, 37:], 303, 340, 37, whole.doc_start_BS)

@@ -106,7 +106,7 @@ def _tma(launch: config.Launch, q: Tensor) -> bool:
     return launch.tma and width >= 16 and width & (width - 1) == 0
 
 
-def _boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
+def boxes(tma: bool, rows: int, *tensors: Tensor) -> list[object]:
     """Descriptors of [B, T, H, E] tensors as [B, T, H E] in boxes of `rows` positions of one
     head; the tensors themselves without TMA."""
     if not tma:
@@ -169,7 +169,7 @@ def forward(
         tma = _tma(launch, q) and c % launch.keys == 0
         run(
             forward_kernel, (plan.tiles * per_tile, batch * kv_heads),
-            q, k, v, *_boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
+            q, k, v, *boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
             plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
             _or(docs, plan.lists), _or(plan.sinks, plan.lists),
             queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
@@ -278,7 +278,7 @@ def backward(
             dbias = torch.zeros(shape, device=q.device, dtype=torch.float32)
         run(
             dq_kernel, (plan.tiles * per_tile, batch * kv_heads),
-            q, k, v, *_boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
+            q, k, v, *boxes(tma, launch.keys, k, v), dout, lse, delta, dq, dk, dv,
             plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), dbias,
             _or(docs, plan.lists), _or(plan.sinks, plan.lists),
             queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
@@ -340,7 +340,7 @@ def _block_gradients(
     lists = invert(selection, longest, bias is not None)
     run(
         dkv_kernel, (lists.segments_BHG4.shape[2], batch * kv_heads),
-        q, k, v, dout, *_boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
+        q, k, v, dout, *boxes(tma, launch.rows, q, dout), lse, delta, dk, dv,
         lists.segments_BHG4, lists.tiles_BHL, _or(lists.places_BHL, lists.tiles_BHL),
         _or(bias, lse),
         _or(docs, blocks),

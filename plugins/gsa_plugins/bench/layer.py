@@ -53,6 +53,8 @@ class LayerBench(Benchmark):
             raise ValueError("--seq-len and --batch must be at least 1")
         if not s.layer or min(s.layer) < -1:
             raise ValueError("--layer must be at least -1")
+        if not s.checkpoint and (s.layer != [-1] or s.sequences != 1):
+            raise ValueError("--layer and --sequences are of a checkpoint: --checkpoint PATH")
         self.kv_heads = [n or _DEFAULTS["kv_heads"][not cuda] for n in s.kv_heads]
         heads = s.heads or _DEFAULTS["heads"][not cuda]
         if any(n < 1 or heads % n for n in self.kv_heads):
