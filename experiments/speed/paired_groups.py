@@ -197,16 +197,14 @@ def attend(
     scale: float | None = None,
     impl: str = "triton",
     stages: int = 2,
-    unions: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, E], lse [B, T, H] float32, natural log) as sparse_attention gives them, but
     without a gradient.
 
-    impl: of window and sinks. unions: of `unite`, made here unless given. Raises ValueError unless
-    each query chooses alone (R = 1) blocks of 16, 32, 64 or 128 keys, heads are as wide as a power
-    of two from 16, their groups as large as one, and the scale is positive."""
-    (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
-    spec, group = selection.spec, heads // kv_heads
+    impl: of window and sinks. Raises ValueError unless each query chooses alone (R = 1) blocks of
+    16, 32, 64 or 128 keys, heads are as wide as a power of two from 16, their groups as large as
+    one, and the scale is positive."""
+    width, spec, group = q.shape[3], selection.spec, q.shape[2] // k.shape[2]
     scale = width**-0.5 if scale is None else scale
     if (
         spec.query_tile != 1
@@ -224,7 +222,24 @@ def attend(
     result = sparse_attention(q, k, v, near, scale=scale, need_lse=True, impl=impl)
     assert result.lse_BTH is not None
     out, lse = result.out_BTHE.contiguous(), result.lse_BTH.float().transpose(1, 2).contiguous()
-    lists, bits, counts = unions or unite(selection)
+    walk(q, k, v, selection, out, lse, scale, stages)
+    return out, lse.transpose(1, 2)
+
+
+def walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    stages: int,
+) -> None:
+    """Turn out [B, T, H, E] and lse [B, H, T] of window and sinks into those of all keys."""
+    (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
+    spec = selection.spec
+    lists, bits, counts = unite(selection)
     docs = selection.doc_start_BS
     docs = None if docs is None else docs.to(torch.int32).contiguous()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -236,4 +251,3 @@ def attend(
         HAS_DOCS=docs is not None, STAGES=stages,
         num_warps=4,
     )  # fmt: skip
-    return out, lse.transpose(1, 2)

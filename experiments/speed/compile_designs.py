@@ -1,0 +1,43 @@
+"""Registers, spills and shared memory of the designs of block mode, compiled without a GPU.
+
+    python experiments/speed/compile_designs.py sm_90
+
+At the size that query_gathering.py times; one JSON object per kernel, for the Triton installed.
+"""
+
+import sys
+from pathlib import Path
+
+import paired_groups
+import query_gathering_kernels as gathering
+import torch
+
+from gsa_kernels.selection import Selection, SelectionSpec
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
+import aot_compile
+
+
+def launches(tokens: int = 131072, documents: bool = False) -> None:
+    spec = SelectionSpec(64, 1, window=128, sinks=64)
+    blocks = torch.zeros(
+        1, 1, tokens, spec.max_blocks(2048, tokens), dtype=torch.int32, device="meta"
+    )
+    docs = torch.zeros(1, tokens, dtype=torch.int32, device="meta") if documents else None
+    selection = Selection(spec, blocks, tokens, tokens, 0, docs)
+    q, k = (
+        torch.empty(1, tokens, heads, 128, dtype=torch.bfloat16, device="meta")
+        for heads in (16, 4)
+    )
+    lse = torch.empty(1, 16, tokens, device="meta")
+    tuning = gathering.Tuning()
+    lists = gathering.make_lists(selection, tuning)
+    for launch in gathering.passes(q, k, k, q, lse, lists, tuning)[0]:
+        launch()
+    paired_groups.walk(q, k, k, selection, q, lse, 128**-0.5, 2)
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1].removeprefix("sm_"))
+    for documents in (False, True):
+        aot_compile.report(aot_compile.record(lambda: launches(documents=documents)), capability)
