@@ -6,6 +6,7 @@ At the size that query_gathering.py times; one JSON object per kernel, for the T
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import paired_groups
@@ -40,4 +41,4 @@ def launches(tokens: int = 131072, documents: bool = False) -> None:
 if __name__ == "__main__":
     capability = int(sys.argv[1].removeprefix("sm_"))
     for documents in (False, True):
-        aot_compile.report(aot_compile.record(lambda: launches(documents=documents)), capability)
+        aot_compile.report(aot_compile.record(partial(launches, documents=documents)), capability)
