@@ -85,7 +85,8 @@ def test_groups_that_chose_nothing_or_all_the_same(study):
 
 def test_unions(study):
     selection = drawn(150, start=21)
-    lists, bits, counts = study.unite(selection)
+    on_device = replace(selection, blocks_BHQN=selection.blocks_BHQN.to(DEVICE))
+    lists, bits, counts = study.unite(on_device)
     for pair in range(counts.shape[2]):
         first = pair * 32 - 21 % 32
         for line in range(2):

@@ -145,7 +145,7 @@ def pooled_keys(
     def eager(k_BSI: Tensor, docs: Tensor | None) -> Tensor:
         return running_pool(factors.with_keys(k_BSI).keys_BSI, pool, factors.pooling, docs)
 
-    running = running or eager
+    running = eager if running is None else running
     k, pool, memory = factors.k_BSI, factors.pool, factors.memory
     kept = None if memory is None else memory.index_pooled_BMI
     if kept is None:
