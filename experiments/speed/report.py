@@ -23,12 +23,16 @@ COLUMNS = {
     "C": ("C", "{}"),
     "R": ("R", "{}"),
     "inputs": ("inputs", "{}"),
+    "layer": ("layer", "{}"),
     "pass": ("pass", "{}"),
     "dense_ms": ("dense, ms", "{:.2f}"),
     "dense_backend": ("by", "{}"),
     "ours_ms": ("whole path, ms", "{:.2f}"),
     "ratio": ("ratio", "{:.1f}x"),
     "host_ms": ("of the host, ms", "{:.2f}"),
+    "dense_graph_ms": ("dense in a CUDA graph, ms", "{:.3f}"),
+    "graph_ms": ("ours in a CUDA graph, ms", "{:.3f}"),
+    "graph_ratio": ("ratio in graphs", "{:.1f}x"),
     "reuse_ms": ("step inside a tile, ms", "{:.3f}"),
     "score_ms": ("scoring, ms", "{:.2f}"),
     "select_ms": ("selection, ms", "{:.2f}"),
@@ -84,7 +88,7 @@ MEASURED = (
     "selected_kl_ms", "dense_kl_ms", "peak_extra_bytes", "topk_extra_bytes", "selected_kl_share",
     "dense_kl_share",
 )  # fmt: skip
-UNMEASURED = re.compile("host_ms|.*_extra_bytes")  # where they are 0
+UNMEASURED = re.compile("host_ms|graph_ms|.*_extra_bytes")  # where they are 0
 GROUP = ("mode", "C", "R", "kv_heads", "inputs")
 
 

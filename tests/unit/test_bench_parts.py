@@ -15,6 +15,7 @@ from kernel_cases import granularity_id, make_factors, make_selection
 from gsa_kernels.bench import dense
 from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import hierarchical_records, masses, topk_blocks
+from gsa_kernels.bench.timing import graph_milliseconds, turns_milliseconds
 from gsa_kernels.bench.verify import recall, wrong
 from gsa_kernels.bench.work import UNITED, Rates, shares, work
 from gsa_kernels.index_score import pooled as index_pooled
@@ -111,11 +112,11 @@ def test_decoding_is_the_last_row_of_the_whole_path():
 def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
     seen = []
 
-    def run(call, device, budget_s):
-        call()
+    def clock(calls, device, budget_s):
+        for call in calls:
+            call()
         return 1.0
 
-    monkeypatch.setattr(dense, "milliseconds", run)
     monkeypatch.setattr(dense, "_run", lambda attend, qkv, dout: seen.append(attend(*qkv)))
     case = make_case(SHAPE, queries=queries)
 
@@ -125,11 +126,27 @@ def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
     tensors, names = [(case.q, case.k, case.v)], ["math", "flash", "cudnn", "other"]
-    found, refused = dense.dense_times(tensors, names, False, {"other": other})
+    found, refused = dense.dense_times(tensors, names, False, {"other": other}, clock=clock)
     assert set(found) == {"math", "flash", "other"} and "cudnn" in refused
     assert len(seen) == (5 if queries == 1 else 3)
     for out in seen[:-1]:
         torch.testing.assert_close(out.reshape(2, 4, queries, 16).transpose(1, 2), seen[-1])
+
+
+@pytest.mark.kernel
+def test_times_of_graphs():
+    if not torch.cuda.is_available():
+        assert graph_milliseconds([list], torch.device("cpu")) == 0.0
+        return
+    x, device = torch.randn(4096, 4096, device="cuda"), torch.device("cuda")
+    calls = [lambda: x @ x] * 4
+
+    def no_graph_holds_it():
+        raise RuntimeError
+
+    each = turns_milliseconds(calls, device, 0.1)
+    assert 0.5 * each < graph_milliseconds(calls, device, 0.1) < 1.5 * each
+    assert graph_milliseconds([no_graph_holds_it], device, 0.1) == 0.0
 
 
 @pytest.mark.parametrize("inputs", ["random", "smooth"])

@@ -240,7 +240,8 @@ def test_the_command(study, monkeypatch, tmp_path, capsys):
     names = ["all far", "chunks of 1024, two lanes"]
     monkeypatch.setattr(
         sys, "argv", ["query_gathering.py", "--seq-len", "96", "--k", "96", "--heads", "2",
-                      "--kv-heads", "1", "--key-block", "16", "--head-dim", "32", "--tunings", *names, "--out", str(file)],
+                      "--kv-heads", "1", "--key-block", "16", "--head-dim", "32",
+                      "--tunings", *names, "--out", str(file)],
     )  # fmt: skip
     command.main()
     report = json.loads(file.read_text())

@@ -16,7 +16,12 @@ from gsa_kernels.sparse_attention import sparse_attention
 
 from .case import Case, Shape
 from .dense import Attend, dense_times
-from .timing import host_milliseconds, milliseconds, peak_bytes, rotate
+from .timing import (
+    graph_milliseconds,
+    host_milliseconds,
+    peak_bytes,
+    turns_milliseconds,
+)
 from .work import Rates, shares, work
 
 PASSES = ("forward", "forward_backward", "decode")
@@ -83,7 +88,7 @@ def _times(
     """Milliseconds of the parts, the cases taking turns; host_ms: of the host, for the whole."""
 
     def of(calls: Iterable[Callable[[], Any]]) -> float:
-        return milliseconds(rotate(list(calls)), device, budget_s)
+        return turns_milliseconds(list(calls), device, budget_s)
 
     turns = range(len(cases))
     return {
@@ -108,7 +113,7 @@ def decode_record(
 
     case: the cache and a few queries of it. ours_ms is a step that scores the whole cache and
     chooses anew. In tile mode this happens at one step of R; reuse_ms is the others', which go on
-    with the tile's choice.
+    with the tile's choice. graph_ms and dense_graph_ms: of CUDA graphs, without the host.
     """
     device, r = case.q.device, shape.spec.query_tile
     assert (case.k.shape[1] - 1) % r == 0, "the query must begin a tile"
@@ -122,14 +127,21 @@ def decode_record(
             return sparse_attention(c.q, c.k, c.v, chosen[i], impl=c.impl).out_BTHE
 
         times = _times(cases, attention, lambda i: cases[i].forward(), device, budget_s)
+        times["graph_ms"] = graph_milliseconds([c.forward for c in cases], device, budget_s)
         if r > 1:
             again = [partial(c.attend, s) for c, s in zip(cases, chosen, strict=True)]
-            times["reuse_ms"] = milliseconds(rotate(again), device, budget_s)
+            times["reuse_ms"] = turns_milliseconds(again, device, budget_s)
         extra = peak_bytes(cases[0].forward, device)
         alone = peak_bytes(partial(attention, 0), device)
     tensors = [(c.q, c.k, c.v) for c in cases[: len(held)]]
     found, refused = dense_times(tensors, dense, False, others, budget_s)
     record = _record(shape, "decode", times, found, refused, extra)
+    if times["graph_ms"]:
+        graphs, _ = dense_times(tensors, list(found), False, others, budget_s, graph_milliseconds)
+        captured = [ms for ms in graphs.values() if ms]
+        if captured:
+            record["dense_graph_ms"] = min(captured)
+            record["graph_ratio"] = min(captured) / times["graph_ms"]
     if r > 1:
         mean = (times["ours_ms"] + (r - 1) * times["reuse_ms"]) / r
         record["ratio_mean_step"] = record["dense_ms"] / mean

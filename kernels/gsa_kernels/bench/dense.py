@@ -3,15 +3,16 @@
 Legend: B batch, H query heads, K key-value heads, T queries, S keys, E head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .timing import milliseconds, rotate
+from .timing import turns_milliseconds
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -20,6 +21,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Clock = Callable[[Sequence[Callable[[], Any]], torch.device, float], float]
 
 
 def dense_times(
@@ -28,6 +30,7 @@ def dense_times(
     backward: bool,
     others: dict[str, Attend] | None = None,
     budget_s: float = 1.0,
+    clock: Clock = turns_milliseconds,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(milliseconds of each backend that runs here, why the others do not).
 
@@ -47,10 +50,10 @@ def dense_times(
         attend = foreign or _sdpa(name, tensors[0][0].shape[1] > 1)
         for sets in [given] if foreign else layouts:
             dout = torch.randn_like(sets[0][0])
-            run = rotate([partial(_run, attend, qkv, dout) for qkv in sets])
+            calls = [partial(_run, attend, qkv, dout) for qkv in sets]
             try:
                 with torch.set_grad_enabled(backward):
-                    ms = milliseconds(run, dout.device, budget_s)
+                    ms = clock(calls, dout.device, budget_s)
             except (RuntimeError, ValueError) as error:  # it does not take this shape, or device
                 refused[name] = str(error).strip().partition("\n")[0]
             else:

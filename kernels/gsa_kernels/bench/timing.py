@@ -47,6 +47,30 @@ def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times) * 1e3
 
 
+def turns_milliseconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, budget_s: float = 1.0
+) -> float:
+    """`milliseconds` of one of these calls, which take turns."""
+    return milliseconds(rotate(calls), device, budget_s)
+
+
+def graph_milliseconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, budget_s: float = 1.0
+) -> float:
+    """Milliseconds of one of these calls, which have run before, where a CUDA graph makes them all
+    and the host cannot slow them. 0 on a CPU, and of calls that no graph can hold."""
+    if device.type != "cuda":
+        return 0.0
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        return 0.0
+    return milliseconds(graph.replay, device, budget_s) / len(calls)
+
+
 def rotate(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """A call that makes each of these in turn."""
     turn = itertools.cycle(calls)

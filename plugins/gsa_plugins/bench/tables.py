@@ -3,6 +3,7 @@
 from typing import Any
 
 _ATTENTION = {
+    "layer": ("layer", "{}"),
     "seq_len": ("tokens", "{:,}"),
     "batch": ("B", "{}"),
     "kv_heads": ("K", "{}"),
@@ -18,12 +19,16 @@ _ATTENTION = {
     "select_ms": ("select", "{:.3f}"),
     "attend_ms": ("attend", "{:.3f}"),
     "host_ms": ("host", "{:.3f}"),
+    "dense_graph_ms": ("dense graph", "{:.3f}"),
+    "graph_ms": ("ours graph", "{:.3f}"),
+    "graph_ratio": ("ratio graph", "{:.2f}x"),
     "inflation": ("computed", "{:.2f}x"),
     "roofline": ("of bound", "{:.0%}"),
     "flops_share": ("of FLOP/s", "{:.0%}"),
     "bytes_share": ("of bytes/s", "{:.0%}"),
     "peak_extra_bytes": ("extra MB", "{:.0f}"),
 }
+_UNMEASURED = ("host_ms", "graph_ms", "peak_extra_bytes")  # where they are 0
 _INDEXER = {
     "layer": ("layer", "{}"),
     "seq_len": ("tokens", "{:,}"),
@@ -105,7 +110,7 @@ def table(columns: dict[str, tuple[str, str]], records: list[dict[str, Any]]) ->
     columns = {
         n: c
         for n, c in columns.items()
-        if any(row[n] or n not in ("host_ms", "peak_extra_bytes") for row in records if n in row)
+        if any(row[n] or n not in _UNMEASURED for row in records if n in row)
     }
     rows = [[title for title, _ in columns.values()]]
     for row in records:
