@@ -105,7 +105,7 @@ def single_keys(selection: Selection) -> SingleKeys:
     if docs is not None and own:
         first = blocks[..., 0] * c
         before = (start_BT[:, None] - first).clamp(0, c).where(ends > 0, 0)
-    most = spec.sink_keys if docs is None else spec.sinks + (c - 1) * (spec.sinks > 0)
+    most = spec.sink_keys if docs is None or not spec.sinks else spec.sinks + c - 1
     width = most + own * c + c - 1
 
     def part(
