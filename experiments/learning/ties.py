@@ -2,7 +2,7 @@
 
     python experiments/learning/ties.py runs/learning/kl_0/RUN runs/learning/no_norm_kl_0/RUN
 
-Prints JSON, a row for each run: over layers and queries in the last half of validation sequences,
+Prints JSON, a run an entry: over layers and queries in the last half of validation sequences,
 single keys outside window and sinks,
     std         standard deviation of the index logits over keys, of the widest head of any layer
     beyond_8    share of the logits outside -8 .. 8
@@ -22,7 +22,7 @@ import torch
 
 from gsa_platform.eval.command import load
 
-SEQUENCES, STRIDE, BITS = 2, 16, 12
+SEQUENCES, STRIDE, BITS = 2, 4, 12
 
 
 @torch.no_grad()
@@ -67,6 +67,5 @@ def layer(factors: Any, budget: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for folder in sys.argv[1:]:
-        name = Path(folder).parent.name
-        print(json.dumps({"run": name, **measure(folder)}))
+    found = [{"run": Path(folder).parent.name, **measure(folder)} for folder in sys.argv[1:]]
+    print(json.dumps(found, indent=1))

@@ -31,9 +31,10 @@ def attention_rows(r: Mapping[str, Any]) -> Rows:
     elif recall_first or recall_last:
         recall = f"{recall_last or recall_first} of dense attention mass covered"
     saturated = ""
-    if (r.get("index_saturated_max") or 0) > 0.5:
+    most = r.get("index_saturated_max")
+    if most is not None and not most <= 0.5:
         share = percent(r, "index_saturated_max", " of a layer's logits")
-        saturated = f"WARNING: {share} are beyond 8: many keys tie, and the oldest are chosen"
+        saturated = f"WARNING: {share} beyond 8: keys tie, the oldest win"
     value = number(r, "gate_value_mean", ".3f", " value")
     output = number(r, "gate_output_mean", ".3f", " output")
     return rows(
