@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gsa_platform import registry
+from gsa_platform.components import BEFORE, SLOTS
 from gsa_platform.errors import UserError
 from gsa_platform.model.transformer import Transformer
+from gsa_platform.module import CONFIG_KEY
+from gsa_platform.registry import Registry
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -51,11 +56,25 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     return saved
 
 
-def check_checkpoint(model: Transformer, path: Path) -> int | None:
-    """The optimizer step at which a checkpoint was written, None if it does not say.
+def saved_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint, with settings that its components had not yet (`added`)
+    as they behaved then."""
+    cfg: dict[str, Any] = saved[CONFIG_KEY]["config"]
+    plugins = registry.get(cfg.get("plugins_path"))
+    return cfg | {slot: _before(plugins, slot, cfg[slot]["name"]) | cfg[slot] for slot in SLOTS}
+
+
+def _before(plugins: Registry, slot: str, name: str) -> dict[str, Any]:
+    settings = fields(plugins.component(slot, name).config)
+    return {f.name: f.metadata[BEFORE] for f in settings if BEFORE in f.metadata}
+
+
+def check_checkpoint(model: Transformer, cfg: Any) -> int | None:
+    """The optimizer step at which train.resume was written, None if it does not say.
 
     Raises UserError if it holds the weights of another model.
     """
+    path = Path(cfg.train.resume)
     if path.is_dir():
         return None  # sharded
     content = read_checkpoint(path, "train.resume")
@@ -69,5 +88,20 @@ def check_checkpoint(model: Transformer, path: Path) -> int | None:
                 "Type the model and component settings of its config.yaml, or leave out "
                 "train.resume."
             )
+    if CONFIG_KEY in content:
+        _check_added(content[CONFIG_KEY]["config"], cfg)
     step = content.get("global_step")
     return None if step is None else int(step)
+
+
+def _check_added(saved: dict[str, Any], cfg: Any) -> None:
+    """Raise UserError where a setting that was `added` differs: shapes of weights do not tell."""
+    plugins = registry.get(cfg.get("plugins_path"))
+    for slot in (s for s in SLOTS if saved[s]["name"] == cfg[s].name):
+        for name, before in _before(plugins, slot, cfg[slot].name).items():
+            then = saved[slot].get(name, before)
+            if then != cfg[slot][name]:
+                raise UserError(
+                    f"train.resume={cfg.train.resume} holds another model: it was trained with "
+                    f"{slot}.{name}={str(then).lower()}. Type that, or leave out train.resume."
+                )

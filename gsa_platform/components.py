@@ -16,6 +16,7 @@ from gsa_platform.trial import Trial
 
 SLOTS = ("attention", "indexer", "sparsity", "gate", "objective")
 DEPENDENT = ("indexer", "sparsity", "objective")  # empty where attention sees every key
+BEFORE = "before"  # in the metadata of a setting: see `added`
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Component:
     capabilities: Capabilities = Capabilities()
     details: str = ""
     trial: Trial = field(default_factory=Trial)
+
+
+def added(default: Any, before: Any) -> Any:
+    """The default of a setting that a component did not always have. A checkpoint without it is
+    read with `before`, what the component did then, and not resumed with another value."""
+    return field(default=default, metadata={BEFORE: before})
 
 
 @dataclass

@@ -134,7 +134,8 @@ class Attention(Part):
 class Indexer(Part):
     """Scores keys for queries. Its factors carry `k_BSI`, the index keys, which are cached, and
     `with_keys(k_BSI)`, the same queries against all keys so far. They may have `remember(cache)`,
-    the same factors with a place (LayerCache.index_pooled_BMI) for what later steps can use.
+    the same factors with a place (LayerCache.index_pooled_BMI) for what later steps can use,
+    and `saturated()`, the share of the logits beyond what tells keys apart, which validation logs.
 
     An indexer without parameters works with objective=none only; the host refuses it otherwise.
     """

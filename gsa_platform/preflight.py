@@ -8,7 +8,6 @@ tries it in a process of its own. Exit codes: 0 ok, 2 refused, with the message 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def preflight(cfg: Any) -> TextDataModule | None:
         with torch.device("meta"):
             model = Transformer(cfg, data.vocab_size, registry.get(cfg.get("plugins_path")))
         if cfg.train.resume is not None:
-            check_checkpoint(model, Path(cfg.train.resume))
+            check_checkpoint(model, cfg)
         build_callbacks(cfg)
         on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
         model.describe("cuda" if on_gpu else "cpu")

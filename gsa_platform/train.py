@@ -43,7 +43,7 @@ def train(cfg: DictConfig, data: TextDataModule | None = None) -> dict[str, Any]
     module = LanguageModel(cfg, data.vocab_size, plugins)
     resumed_at = None
     if cfg.train.resume is not None:
-        resumed_at = check_checkpoint(module.model, Path(cfg.train.resume))
+        resumed_at = check_checkpoint(module.model, cfg)
     trainer = build_trainer(cfg)
     chosen = module.model.describe(trainer.strategy.root_device.type)
     if cfg.train.compile:

@@ -6,7 +6,9 @@ INDEXERS = {
     "bias": ["objective=bias"],
     "kl_bias": ["objective=kl_bias"],
     "frozen": ["objective=none"],
+    "no_norm_kl": ["indexer.qk_norm=false"],
     "relu_kl": ["indexer=relu_lightning"],
+    "relu_no_norm_kl": ["indexer=relu_lightning", "indexer.qk_norm=false"],
     "no_rope_kl": ["indexer.rope=false"],
     "pooled_kl": ["indexer=pooled"],
     "hierarchical_kl": ["indexer=hierarchical", "indexer.pool=64"],  # survivors follow k
@@ -15,7 +17,8 @@ INDEXERS = {
     "oracle": ["indexer=oracle", "objective=none"],
     "dense": ["attention=dense"],
 }
-DEFAULT_INDEXERS = [n for n in INDEXERS if n not in ("pooled_kl", "hierarchical_kl", "dense")]
+ON_REQUEST = ("no_norm_kl", "relu_no_norm_kl", "pooled_kl", "hierarchical_kl", "dense")
+DEFAULT_INDEXERS = [n for n in INDEXERS if n not in ON_REQUEST]
 
 
 def budgets() -> dict[str, list[str]]:

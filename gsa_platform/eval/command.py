@@ -63,7 +63,7 @@ def load(overrides: list[str]) -> EvalRun:
     """The checkpoint that ``checkpoint=PATH`` names, with the other overrides applied."""
     import torch
 
-    from gsa_platform.checkpoint import read_checkpoint
+    from gsa_platform.checkpoint import read_checkpoint, saved_config
     from gsa_platform.data.build import build_data
     from gsa_platform.module import CONFIG_KEY, LanguageModel
 
@@ -82,7 +82,7 @@ def load(overrides: list[str]) -> EvalRun:
     if CONFIG_KEY not in saved:
         raise UserError(f"checkpoint={path} was not written by gsa_platform")
     typed = [o for o in overrides if o.partition("=")[0] not in OWN]
-    cfg = changed(saved[CONFIG_KEY]["config"], typed)
+    cfg = changed(saved_config(saved), typed)
     validate(cfg)
     data = build_data(cfg)
     if data.vocab_size != saved[CONFIG_KEY]["vocab_size"]:

@@ -10,7 +10,8 @@ from gsa_platform.model.attention_layer import LayerReport
 
 
 class AttentionObserver(nn.Module):
-    """Keys attended, gates, first-token attention and selection recall over layers.
+    """Keys attended, gates, saturated index logits, first-token attention and selection recall
+    over layers.
 
     Recall is taken on the candidates: dense attention mass on keys that had to be chosen. `best`
     is what the same number of blocks could cover at most; `covered` counts window and sinks too.
@@ -25,6 +26,7 @@ class AttentionObserver(nn.Module):
         self.recall = SelectionRecall(n_layers)
         self.best = SelectionRecall(n_layers)
         self.covered = SelectionRecall(n_layers)
+        self.saturated = SelectionRecall(n_layers)
 
     def update(self, reports: list[LayerReport], position_in_document_BT: Tensor) -> None:
         """position_in_document_BT: how many tokens of its document precede each query."""
@@ -35,6 +37,8 @@ class AttentionObserver(nn.Module):
             self.gates.update(
                 report.gate_values.get("value"), report.gate_values.get("output"), layer
             )
+            if report.saturated is not None:
+                self.saturated.update(report.saturated, 1, layer=layer)
             p = report.probe
             if not p:
                 continue
@@ -59,6 +63,10 @@ class AttentionObserver(nn.Module):
             out |= {"recall": recall["recall"], "recall_overlap": recall["overlap"]}
             out["recall_best"] = self.best.compute()["recall"]
             out["mass_covered"] = self.covered.compute()["recall"]
+        if self.saturated.total.sum() > 0:
+            shares = self.saturated.compute()
+            out["index_saturated"] = shares["recall"]
+            out["index_saturated_max"] = shares["recall_layers"].nan_to_num(0).max()
         for name, value in self.gates.compute().items():
             if not name.endswith("_layers"):
                 out[f"gate_{name}"] = value

@@ -118,6 +118,7 @@ class LayerReport:
     statistics: dict[str, Tensor] = field(default_factory=dict)  # mean score statistics
     probe: dict[str, Tensor] = field(default_factory=dict)  # only on probed passes, as are:
     keys_BHT: Tensor | None = None  # keys attended by each query
+    saturated: Tensor | None = None  # share of the index logits, where the factors tell it
     gate_values: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -182,7 +183,7 @@ class AttentionLayer(nn.Module):
             selection = None
         else:
             out, selection = self._select_and_attend(
-                x_BTD, q, k, v, seq, cache, report, warm_up, fused
+                x_BTD, q, k, v, seq, cache, report, warm_up, fused, probe
             )
         if probe:
             report.probe = self.attention.probe(q.detach(), k.detach(), selection, seq)
@@ -218,6 +219,7 @@ class AttentionLayer(nn.Module):
         report: LayerReport,
         warm_up: bool,
         fused: dict[str, Tensor],
+        probe: bool,
     ) -> tuple[Tensor, Any]:
         assert self.indexer is not None and self.sparsity is not None
         objective = self.objective
@@ -232,6 +234,8 @@ class AttentionLayer(nn.Module):
             factors = factors.with_keys(cache.extend("index_k_BSI", factors.k_BSI))
             if hasattr(factors, "remember"):
                 factors = factors.remember(cache)
+        if probe and hasattr(factors, "saturated"):
+            report.saturated = factors.saturated()
         if warm_up and objective is not None:
             out = self.attention(q, k, v, None, seq, **fused).out_BTHE
             report.index_loss = objective.loss(factors, spec, None, None, q, k, seq)

@@ -15,7 +15,8 @@ def attention_section(run: FinishedRun) -> Rows:
 
 def attention_rows(r: Mapping[str, Any]) -> Rows:
     """r: any of keys_mean, keys_fraction, budget, first_token_attention (share per layer),
-    first_token_uniform, gate_value_mean, gate_output_mean, recall_first, recall_last (shares)."""
+    first_token_uniform, gate_value_mean, gate_output_mean, recall_first, recall_last,
+    index_saturated_max (shares)."""
     keys = join(
         [
             number(r, "keys_mean", ",.1f", " per query (mean)"),
@@ -29,12 +30,18 @@ def attention_rows(r: Mapping[str, Any]) -> Rows:
         recall = f"{recall_first} -> {recall_last} of dense attention mass covered (first -> last)"
     elif recall_first or recall_last:
         recall = f"{recall_last or recall_first} of dense attention mass covered"
+    saturated = ""
+    most = r.get("index_saturated_max")
+    if most is not None and not most <= 0.5:
+        share = percent(r, "index_saturated_max", " of a layer's logits")
+        saturated = f"WARNING: {share} beyond 8: keys tie, the oldest win"
     value = number(r, "gate_value_mean", ".3f", " value")
     output = number(r, "gate_output_mean", ".3f", " output")
     return rows(
         [
             ("Keys attended", keys),
             ("Selection recall", recall),
+            ("Index scores", saturated),
             ("First-token share", _first_token(r)),
             ("Mean gate", join([value, output])),
         ]

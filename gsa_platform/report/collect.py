@@ -85,6 +85,7 @@ def collect_result(
         "recall_first": first.get("recall") if len(module.val_history) > 1 else None,
         "recall_last": last.get("recall"),
         "recall_best": last.get("recall_best"),
+        "index_saturated_max": last.get("index_saturated_max"),
         "run_dir": cfg.run_dir,
         "notes": list(cfg.notes),
         **cost,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gsa_platform.components import added
+
 
 @dataclass
 class DenseAttentionConfig:
@@ -66,6 +68,7 @@ class LightningConfig:
     heads: int = 4  # J, index heads
     dim: int = 64  # I, width of an index query or key
     scale: str = "rsqrt"  # rsqrt: scores divided by sqrt(dim); none: as in the paper's figure
+    qk_norm: bool = added(True, before=False)  # RMSNorm of index queries and keys: bounds logits
     rope: bool = True  # rotary index queries and keys: without it no score knows the distance
     key_dtype: str = (
         "auto"  # of the index keys: auto, as computed; fp8: rounded to a byte a channel

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kernel_cases import make_factors
 
 STUDY = Path(__file__).parents[2] / "experiments" / "learning"
-NAMES = ("arms", "jobs", "report", "run")
+NAMES = ("arms", "jobs", "report", "run", "ties")
 
 
 @pytest.fixture
@@ -43,6 +46,15 @@ def test_the_table(study):
     assert "| kl | 2 | 100 ± 0 | 30.0% ± 7.1 | 30.0% ± 7.1 | 50.0% ± 0.0 | 60.0% ± 14.1 |" in text
     assert "| dense | 1 | - | - |" in text and "| 1.0000 |" in text
     assert "Failed: oracle (seed 0)" in text
+
+
+@pytest.mark.parametrize(("size", "tied"), [(1.0, 0.0), (1e4, 1.0)])
+def test_ties_at_the_threshold(study, size, tied):
+    factors = make_factors(400)
+    factors = replace(factors, q_BTJI=(factors.q_BTJI * size).float(), k_BSI=factors.k_BSI.float())
+    found = study["ties"].layer(factors, SimpleNamespace(k=100, window=16, sinks=4))
+    assert found["tied"] == pytest.approx(tied, abs=0.2)  # a few by chance
+    assert (found["ties"] > 10) == (found["beyond_8"] > 0.9) == (found["std"] > 100) == bool(tied)
 
 
 @pytest.mark.parametrize("slope", [0.3, 0.7, 1.4])

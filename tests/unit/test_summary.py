@@ -37,6 +37,7 @@ RESULT = {
     "gate_output_mean": 0.2,
     "recall_first": 0.4,
     "recall_last": 0.8,
+    "index_saturated_max": 0.6,
     "dense_attention_s": 0.127,
     "sparse_attention_s": 0.0081,
     "dense_step_s": 3.2,
@@ -70,6 +71,7 @@ GOLDEN = """\
 | Attention
 |   Keys attended        1,990.3 per query (mean), 3.0 % of the causal keys, 2,048 budget
 |   Selection recall     40.0 % -> 80.0 % of dense attention mass covered (first -> last)
+|   Index scores         WARNING: 60.0 % of a layer's logits beyond 8: keys tie, the oldest win
 |   First-token share    6.00 % mean over layers, 10.00 % in layer 0, 0.64 % if uniform
 |   Mean gate            0.450 value, 0.200 output
 |
@@ -150,6 +152,10 @@ def test_not_finite_layer_is_said():
 
 def test_slower_than_dense_is_said():
     assert "2.00 x slower than dense" in render_summary({"step_s": 2.0, "dense_step_s": 1.0})
+
+
+def test_a_minority_of_saturated_logits_is_no_warning():
+    assert "Index scores" not in render_summary({"index_saturated_max": 0.5, "loss": 1.0})
 
 
 def test_short_times_keep_their_digits():

@@ -107,6 +107,23 @@ class IndexFactors(BlockScores):
             logits = q @ wide(k_BHTNI).transpose(-1, -2)  # [B, H, T, J/H, N]
             return self._combine(logits.transpose(1, 2).reshape(batch, rows, heads, -1))
 
+    @torch.no_grad()
+    def saturated(self, sample: int = 256) -> Tensor | None:
+        """Share of the causal logits (what the sigmoid takes) outside -8 .. 8, where keys begin to
+        tie, of `sample` queries and keys each at even distances; None for ReLU scores."""
+        if self.activation != "sigmoid":
+            return None
+        total, device = self.k_BSI.shape[1], self.k_BSI.device
+        row = torch.arange(0, self.n_queries, -(-self.n_queries // sample), device=device)
+        key = torch.arange(0, total, -(-total // sample), device=device)
+        with torch.autocast(device.type, enabled=False):
+            q, k = self.q_BTJI[:, row].float() * self.scale, self.k_BSI[:, key].float()
+            logits = torch.einsum("btji,bsi->bjts", q, k)
+            if self.bias_J is not None:
+                logits = logits + self.bias_J.float()[:, None, None]
+        seen = key <= row[:, None] + self.q_start
+        return ((logits.abs() > 8) & seen).sum() / (seen.sum() * logits[:, :, 0, 0].numel())
+
     def _combine(self, logits_BTJN: Tensor) -> Tensor:
         if self.bias_J is not None:
             logits_BTJN = logits_BTJN + self.bias_J[:, None]

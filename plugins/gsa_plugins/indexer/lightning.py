@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gsa_kernels.index_score.api import (
     ACTIVATIONS,
@@ -21,6 +22,7 @@ from ..configs import GatedLightningConfig, LightningConfig, ReluLightningConfig
 from .base import BlockIndexer
 
 SCALES = ("rsqrt", "none")
+NORM_EPS = 1e-6
 
 
 class LightningIndexer(BlockIndexer):
@@ -30,7 +32,10 @@ class LightningIndexer(BlockIndexer):
         relu      I[t,s] = sum_j (x_t w_j + c_j) relu(q[t,j] . k[s] * scale)
 
     Projections start with standard deviation 1/sqrt(d_model), so that index logits of normalised
-    inputs have unit variance and no sigmoid starts saturated. key_dtype=fp8 rounds the keys to a
+    inputs have unit variance and no sigmoid starts saturated. With qk_norm, RMSNorm without a gain
+    before the rotary embedding, |q . k| scale <= sqrt(I) (scale=rsqrt) whatever is learnt: a step
+    of the optimizer moves logits by its square times the width, and saturated sigmoids tie keys.
+    key_dtype=fp8 rounds the keys to a
     byte a channel (gsa_kernels.index_score.fp8): training scores what decoding reads from its
     cache. Raises ValueError for a setting that does not exist.
     """
@@ -57,6 +62,7 @@ class LightningIndexer(BlockIndexer):
         self.activation, self.block_score = activation, block_score
         self.straight_through = config.key_dtype == "fp8"
         self.scale = config.dim**-0.5 if config.scale == "rsqrt" else 1.0
+        self.qk_norm = config.qk_norm
         self.rotary = RotaryTable(config.dim, dims.rope_theta) if config.rope else None
         self.q_proj = nn.Linear(dims.d_model, self.heads * self.dim, bias=False)
         self.k_proj = nn.Linear(dims.d_model, self.dim, bias=False)
@@ -95,6 +101,8 @@ class LightningIndexer(BlockIndexer):
         batch, queries, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, queries, self.heads, self.dim)
         k = self.k_proj(x_BTD)
+        if self.qk_norm:
+            q, k = self._normed(q), self._normed(k)
         if self.rotary is not None:
             position = torch.arange(queries, device=x_BTD.device) + seq.q_start
             if self.straight_through and seq.doc_start_BS is not None:
@@ -106,6 +114,9 @@ class LightningIndexer(BlockIndexer):
         if self.straight_through:
             k = fp8_keys(k)
         return self._factors(q, k, self.head_weights(x_BTD), spec, seq.q_start)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), eps=NORM_EPS).to(x.dtype)
 
     def _factors(
         self, q_BTJI: Tensor, k_BSI: Tensor, weight_BTJ: Tensor, spec: SelectionSpec, q_start: int
