@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import os
 import platform
 import statistics
 import subprocess
@@ -119,7 +120,8 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions and commit, as every result file states them."""
+    """Device, driver, versions and commit, as every result file states them. GSA_COMMIT names the
+    commit where the package is not in a checkout."""
     found = {"device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"}
     found["driver"] = "none"
     if device.type == "cuda":
@@ -128,7 +130,8 @@ def environment(device: torch.device) -> dict[str, str]:
         found["driver"] = _output(*query)
     found["torch"], found["triton"] = torch.__version__, version("triton")
     found["python"] = platform.python_version()
-    found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    here = ("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    found["commit"] = os.environ.get("GSA_COMMIT") or _output(*here)
     return found
 
 
