@@ -105,6 +105,7 @@ def launches_of(
     from gsa_kernels.sparse_attention import triton_config, triton_decode, triton_launch
 
     triton_config.has_tma = lambda device: capability >= 90
+    triton_config.has_tensor_memory = lambda device: capability >= 100
     spec = SelectionSpec(c, r, window=128, sinks=64)
     tiles, slots = -(-t // r), spec.max_blocks(2048, t)
     blocks = torch.zeros(1, 1, tiles, slots, dtype=torch.int32, device="meta")

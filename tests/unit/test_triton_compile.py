@@ -91,9 +91,9 @@ def test_launches_compile_within_limits(shape, target):
     assert names == expected
     for row in rows:
         assert row["shared"] <= SHARED[target], row
-        # Triton 3.6 spills 16 bytes on sm_90 at most, later compilers more; an accumulator in
-        # local memory would be 512.
-        assert row["local"] <= (64 if shape == "token" else 320), row
+        # Triton 3.9 keeps descriptors of q in local memory (sm_90, 256 rows), 3.6 nothing there.
+        most = 256 if (shape, target) == ("tile", "sm_90") else 32 if shape == "token" else 24
+        assert row["local"] <= most, row
 
 
 @pytest.mark.parametrize("arguments", SELECTIONS)

@@ -21,6 +21,7 @@ from .triton_forward import (
     load_range,
     mask_of,
     not_attended,
+    program_again,
     range_of_rows,
     tile_rows,
     whereabouts,
@@ -353,13 +354,16 @@ def dkv_rows(
 
 
 @triton.jit
-def owned_segment(segment_ptr, zero, K: tl.constexpr, HS: tl.constexpr):
-    """(pointer to its segment, sequence, key-value head, number of the lists) of a program; zero:
-    see whereabouts."""
-    y = tl.program_id(1) + zero
+def owned_segment(segment_ptr, zero, K: tl.constexpr, HS: tl.constexpr, AGAIN: tl.constexpr):
+    """(pointer to its segment, sequence, key-value head, number of the lists) of a program; zero,
+    AGAIN: see whereabouts."""
+    if AGAIN:
+        x, y, n = program_again()
+    else:
+        x, y, n = tl.program_id(0), tl.program_id(1) + zero, tl.num_programs(0)
     b, kv_head = y // K, y % K
     group = b * HS + (kv_head if HS > 1 else 0)
-    at = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    at = group.to(tl.int64) * n + x
     return segment_ptr + at * 4, b, kv_head, group
 
 
@@ -409,7 +413,7 @@ def dkv_kernel(
     # Steps of a tile, or (R = 1) queries of a step.
     STEPS: tl.constexpr = R * G // BM if R > 1 else 1
     EACH: tl.constexpr = 1 if R > 1 else BM // G
-    segment, b, kv_head, group = owned_segment(segment_ptr, 0, K, HS)
+    segment, b, kv_head, group = owned_segment(segment_ptr, 0, K, HS, False)
     block = tl.load(segment)
     if block >= 0:
         first, last = tl.load(segment + 1), tl.load(segment + 2)
@@ -451,7 +455,7 @@ def dkv_kernel(
             )  # fmt: skip
         # Anew, see whereabouts.
         zero = tl.load(segment_ptr + 3) >> 31
-        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS, not TMA)
         block = tl.load(segment)
         key = block * C + tl.arange(0, C)
         if tl.load(segment + 3) == 0:
@@ -471,9 +475,11 @@ def dkv_kernel(
                 )  # fmt: skip
         dk *= scale
         zero = tl.load(segment_ptr + 3) >> 31
-        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS)
+        segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS, not TMA)
         # Counted from the block's first key: offsets of 64 bits would spill.
         block = tl.load(segment)
+        if not TMA:
+            S += zero  # its upper half, too, would be kept
         first = ((b.to(tl.int64) * S + block * C) * K + kv_head) * E
         c, e = tl.arange(0, C)[:, None], tl.arange(0, BE)[None, :]
         at, ok = c * (K * E) + e, (c < S - block * C) & (e < E)

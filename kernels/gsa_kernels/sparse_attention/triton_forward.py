@@ -14,10 +14,14 @@ Legend: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K,
 Q tiles, N list slots, C keys per block, R queries per tile, BM rows and BN keys per step.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 from .triton_union import pair_numbers, unchosen
+
+ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
@@ -33,11 +37,33 @@ def tile_rows(
 
 
 @triton.jit
-def whereabouts(zero, K: tl.constexpr, PARTS: tl.constexpr):
+def program_again():
+    """program_id(0), program_id(1), num_programs(0), read once more: of equal reads the compiler
+    makes one, and then keeps it in a register."""
+    if ASSEMBLY:
+        x = tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        y = tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid.y;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        n = tl.inline_asm_elementwise(
+            "mov.u32 $0, %nctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        x, y, n = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    return x, y, n
+
+
+@triton.jit
+def whereabouts(zero, K: tl.constexpr, PARTS: tl.constexpr, AGAIN: tl.constexpr = False):
     """(tile from 0, part of it, sequence, key-value head) of a program. Computed anew after a
     loop, from a zero that the compiler cannot know: kept over the loop, what follows from them
-    would push the accumulator out of the registers."""
-    x, y = tl.program_id(0) + zero, tl.program_id(1) + zero
+    would push the accumulator out of the registers. AGAIN: so would the program's own numbers."""
+    if AGAIN:
+        x, y, _ = program_again()
+    else:
+        x, y = tl.program_id(0) + zero, tl.program_id(1) + zero
     return x // PARTS, x % PARTS, y // K, y % K
 
 
@@ -271,7 +297,8 @@ def forward_kernel(
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (R * G + BM - 1) // BM
     SUB: tl.constexpr = C // BN if C > BN else 1
-    i, part, b, kv_head = whereabouts(0, K, PARTS)
+    AGAIN: tl.constexpr = BM > 128 and (HAS_DOCS or HAS_MASS or (HAS_BIAS and GATE > 0))
+    i, part, b, kv_head = whereabouts(0, K, PARTS, AGAIN)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     e = tl.arange(0, BE)
@@ -358,7 +385,10 @@ def forward_kernel(
             # A step covers several blocks, or one of SUB parts of a block.
             slots: tl.constexpr = BN // C if C < BN else 1
             if slots == 1:
-                at = slot_lse_base + low // BN * BM + tl.arange(0, BM)
+                if AGAIN and not HAS_DOCS and not HAS_BIAS:  # no second number of the step
+                    at = slot_lse_base + low * (BM // BN) + tl.arange(0, BM)
+                else:
+                    at = slot_lse_base + low // BN * BM + tl.arange(0, BM)
                 tl.store(at, tl.log2(tl.sum(p, 1)) + top)
             else:
                 total = tl.sum(tl.reshape(p, [BM, slots, BN // slots]), 2)
@@ -367,7 +397,7 @@ def forward_kernel(
                 tl.store(at, tl.log2(total) + top[:, None], mask=(slot < N * SUB)[None, :])
 
     zero = tl.load(count_ptr) >> 31
-    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    i, part, b, kv_head = whereabouts(zero, K, PARTS, AGAIN)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     base = (b.to(tl.int64) * S * K + kv_head) * E
@@ -394,15 +424,18 @@ def forward_kernel(
         k = load_range(k_base, k_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA).T
         v = load_range(v_base, v_desc, b, low, kv_head * E, key, key_ok, K, E, BE, BN, TMA)
         if MASKED:
-            first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, UNION)
-            outside = (end[:, None] - 1 - key[None, :]) | (key[None, :] - first[:, None])
+            if UNION:
+                first, end = range_of_rows(end, is_sink, position, start, C, A, WINDOW, True)
+                outside = (end[:, None] - 1 - key[None, :]) | (key[None, :] - first[:, None])
+            else:  # these keys lie before every row
+                outside = (end - 1 - key)[None, :] | (key[None, :] - start[:, None])
             s = tl.dot(q, k, mask_of(outside), input_precision="ieee")
         else:
             s = tl.dot(q, k, input_precision="ieee")
         acc, m, norm, _, _ = accumulate(acc, m, norm, s, v, scale_log2, UNION)
 
     zero = tl.load(count_ptr) >> 31
-    i, part, b, kv_head = whereabouts(zero, K, PARTS)
+    i, part, b, kv_head = whereabouts(zero, K, PARTS, AGAIN)
     tile = first_tile + i
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
