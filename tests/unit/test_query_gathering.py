@@ -3,8 +3,13 @@ softmax over a T x S mask; and that no past depends on the future."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import captured_in_a_graph, make_documents
@@ -19,6 +24,8 @@ from gsa_kernels.sparse_attention import sparse_attention
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.kernel
+
+STUDY = Path(__file__).parents[2] / "experiments" / "speed"
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +308,28 @@ def test_one_compiled_graph():
     torch.library.opcheck(
         ops.forward_operator, args, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_the_study_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(STUDY))
+    command = importlib.import_module("query_gathering")
+    file, lists = tmp_path / "out.json", tmp_path / "lists.npz"
+    np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
+    monkeypatch.setattr(
+        sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
+                      "1", "--united", "8", "17", "--chunk", "32", "--out", str(file)],
+    )  # fmt: skip
+    try:
+        command.main()
+    finally:
+        sys.modules.pop("query_gathering")
+    unions, *found, again = json.loads(file.read_text())["records"]
+    assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
+    assert [row["united"] for row in found] == [8, 17]
+    for row in found:
+        assert "error" not in row and row["split_ms"] > 0
+        assert max(row["difference"].values()) < 1e-5
+    assert 0 < found[0]["far_choices"] < found[1]["far_choices"]
 
 
 @pytest.mark.gpu

@@ -138,7 +138,8 @@ def combine_kernel(
     line = (b.to(tl.int64) * HS + hs) * T + chunk * size
     count = tl.load(count_ptr + line + t, mask=ok, other=0)
     at = t * (N * G) + m % G
-    lse_at = (b.to(tl.int64) * H + head) * T + chunk * size + t
+    lse_ptr += b.to(tl.int64) * H * T + chunk * size
+    lse_at = head.to(tl.int64) * T + t
     own = tl.load(lse_ptr + lse_at, mask=ok, other=0.0) * 1.4426950408889634
     top = own
     most = tl.max(count, 0)
@@ -151,11 +152,12 @@ def combine_kernel(
         sums = tl.load(sum_ptr + at[:, None] + n * G, mask=there, other=float("-inf"))
         top = tl.maximum(top, tl.max(sums, 1))
         if HAS_MASS:
-            into = slot_lse_ptr + (lse_at * N + nears)[:, None]
-            tl.store(into + n, sums, mask=there)
+            into = (b.to(tl.int64) * H * T + chunk * size + lse_at) * N + nears
+            tl.store(slot_lse_ptr + into[:, None] + n, sums, mask=there)
     first = (b.to(tl.int64) * T + chunk * size) * H
     row = t * H + head
-    near = tl.load(near_ptr + first * E + row[:, None] * E + e, mask=wide, other=0.0)
+    near_ptr += first * E
+    near = tl.load(near_ptr + row[:, None] * E + e, mask=wide, other=0.0)
     total = tl.exp2(own - top)
     acc = near.to(tl.float32) * total[:, None]
     for i in tl.range(0, most, loop_unroll_factor=4):
@@ -168,7 +170,7 @@ def combine_kernel(
         acc += x.to(tl.float32) * weight[:, None]
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     if KEEP:
-        tl.store(near_ptr + first * E + row[:, None] * E + e, out, mask=wide)
+        tl.store(near_ptr + row[:, None] * E + e, out, mask=wide)
     if GATE > 0:
         # Rounded before the gate multiplies it, as the union tiles do.
         gate = load_gate(gate_ptr, first, row, ok, GATE, BE)

@@ -189,7 +189,7 @@ def split(selection: Selection, size: int, least: int, longest: int, moved: bool
     where = torch.empty_like(blocks, dtype=torch.int64) if moved else None
     taken = torch.zeros(batch, groups, chunks, n_blocks, dtype=torch.int32, device=blocks.device)
     bn = power_of_2(slots)
-    bt = max(1, min(16, 1024 // bn))
+    bt = max(1, min(16, 512 // bn))
     grid = (ceil_div(queries, bt), batch * groups)
     run(
         split_kernel, grid,
