@@ -102,8 +102,9 @@ def test_gradients():
     check(selection, inputs(selection), with_bias=False)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "held"), [(4, 1, 1), (2, 2, 9), (6, 2, 3)])
-@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "held", "width"), [(4, 1, 1, 24), (2, 2, 9, 64), (6, 2, 3, 24)]
+)
 def test_heads_and_widths(gathers, heads, kv_heads, held, width):
     """held: sequences and key-value heads whose parts are held at once."""
     for choices in {1, kv_heads}:
@@ -317,19 +318,16 @@ def test_the_study_runs(monkeypatch, tmp_path):
     np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
     monkeypatch.setattr(
         sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
-                      "1", "--united", "8", "17", "--chunk", "32", "--out", str(file)],
+                      "1", "--united", "8", "--chunk", "32", "--out", str(file)],
     )  # fmt: skip
     try:
         command.main()
     finally:
         sys.modules.pop("query_gathering")
-    unions, *found, again = json.loads(file.read_text())["records"]
+    unions, found, again = json.loads(file.read_text())["records"]
     assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
-    assert [row["united"] for row in found] == [8, 17]
-    for row in found:
-        assert "error" not in row and row["split_ms"] > 0
-        assert max(row["difference"].values()) < 1e-5
-    assert 0 < found[0]["far_choices"] < found[1]["far_choices"]
+    assert "error" not in found and found["united"] == 8 and found["split_ms"] > 0
+    assert max(found["difference"].values()) < 1e-5 and found["far_choices"] > 0
 
 
 @pytest.mark.gpu

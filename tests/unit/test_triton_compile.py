@@ -100,7 +100,7 @@ def test_launches_compile_within_limits(shape, target):
         # Triton 3.6 spills 16 bytes on sm_90 at most, later compilers more; an accumulator in
         # local memory would be 512.
         limit = 64 if shape == "token" else 320
-        assert row["local"] <= (8 if row["kernel"] in GATHERING else limit), row
+        assert row["local"] <= (16 if row["kernel"] in GATHERING else limit), row
 
 
 @pytest.mark.parametrize("arguments", SELECTIONS)
