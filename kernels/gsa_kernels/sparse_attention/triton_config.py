@@ -140,7 +140,8 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 
 # Queries that choose for themselves (R = 1), in calls of so many, have their far choices gathered.
 GATHER_FROM = 16384
-GATHER_UNITED = 8  # of 16 queries up to its own that make a choice near; 17: none is
+GATHER_UNITED = 8  # of 16 earlier queries that make a choice near; 17: none is
+GATHER_BEFORE = True  # these are the group before, else those up to the query itself
 GATHER_LONGEST = 128  # queries of a key block that one program gathers
 GATHER_CHUNK = 16384  # most queries whose parts are held at once
 GATHER_BYTES = 1 << 29  # most bytes of parts: those of q at 131072 tokens of 16 heads of 128

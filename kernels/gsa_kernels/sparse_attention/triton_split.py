@@ -1,9 +1,10 @@
 """Near and far choices of single queries (R = 1), and the far ones by key block.
 
-A choice is near where enough of the UNITED queries up to its own made it: such a block is worth
-fetching for a whole group, which the union tiles do. Only earlier queries are asked, so what a
-row is computed from, and in which order, never depends on a later one. Far choices are listed by
-key block, for programs that keep a block and gather its queries (see triton_gather.py).
+A choice is near where enough of UNITED earlier queries made it: such a block is worth fetching for
+a whole group, which the union tiles do. These queries are the group before, so that one answer
+holds for a group, or those up to the query itself; later ones are never asked, so what a row is
+computed from, and in which order, does not depend on them. Far choices are listed by key block,
+for programs that keep a block and gather its queries (see triton_gather.py).
 
 Queries go in chunks, each with lists of its own, all made in the same launches. Sizes are static
 and the host never waits. A far choice takes its place in its block's list by an atomic count: the
@@ -27,7 +28,7 @@ from gsa_kernels.sizes import ceil_div, power_of_2
 from .triton_union import UNITED
 
 # Compiled once for all their values.
-_NUMBERS = ("T", "M", "Q", "size", "least", "longest", "most")
+_NUMBERS = ("T", "M", "Q", "q_start", "size", "least", "longest", "most")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ def split_kernel(
     T,
     M,
     Q,
+    q_start,
     size,
     least,
     N: tl.constexpr,
     UNITED: tl.constexpr,
+    BEFORE: tl.constexpr,  # ask the group before the query's own
     MOVED: tl.constexpr,
     STEPS: tl.constexpr,  # bits of N
     BT: tl.constexpr,
@@ -79,11 +82,14 @@ def split_kernel(
     at = t.to(tl.int64) * N + n
     block = tl.load(lists + at, mask=ok, other=-1)
     there = block >= 0
-    chose = there.to(tl.int32)
-    for back in tl.range(1, UNITED, loop_unroll_factor=3):
+    chose = tl.zeros([BT, BN], tl.int32)
+    last = t
+    if BEFORE:
+        last = (t + q_start) // UNITED * UNITED - 1 - q_start
+    for back in tl.range(0, UNITED, loop_unroll_factor=2):
         # The lists ascend: how many entries of the earlier one lie below the block.
-        may = there & (t >= back)
-        earlier = lists + (t - back).to(tl.int64) * N
+        may = there & (last >= back)
+        earlier = lists + (last - back).to(tl.int64) * N
         slot = tl.zeros([BT, BN], tl.int32)
         for step in tl.static_range(STEPS):
             next = slot + (1 << (STEPS - 1 - step))
@@ -169,10 +175,13 @@ def places_kernel(
     tl.store(place_ptr + first + place, (t - chunk * size) * N + n, mask=there)
 
 
-def split(selection: Selection, size: int, least: int, longest: int, moved: bool) -> Split:
+def split(
+    selection: Selection, size: int, least: int, before: bool, longest: int, moved: bool
+) -> Split:
     """The choices of a selection with R = 1 and slots, contiguous, in chunks of `size` queries.
 
-    least: of UNITED queries that make a choice near. moved: whether to say where slots go.
+    least: of UNITED queries that make a choice near, those of the group before or (not before)
+    those up to its own. moved: whether to say where slots go.
     """
     blocks = selection.blocks_BHQN
     batch, groups, queries, slots = blocks.shape
@@ -194,8 +203,8 @@ def split(selection: Selection, size: int, least: int, longest: int, moved: bool
     run(
         split_kernel, grid,
         blocks, near, far, rank, near if where is None else where, taken, counts,
-        queries, n_blocks, chunks, size, least,
-        N=slots, UNITED=UNITED, MOVED=moved, STEPS=slots.bit_length(), BT=bt, BN=bn,
+        queries, n_blocks, chunks, selection.q_start, size, least,
+        N=slots, UNITED=UNITED, BEFORE=before, MOVED=moved, STEPS=slots.bit_length(), BT=bt, BN=bn,
     )  # fmt: skip
     run(
         items_kernel, (batch * groups * chunks,),
