@@ -72,11 +72,11 @@ def compiled(
             signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:  # as at run time
+        elif value == 1 and not kernel.params[place].do_not_specialize:  # as at run time
             signature[name], constants[(place,)] = "constexpr", value
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[place].do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

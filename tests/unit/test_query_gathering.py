@@ -1,4 +1,5 @@
-"""The query-gathering study: attention by key block equals the reference, and its command runs."""
+"""Query gathering, the forward of long calls whose queries choose for themselves, against one
+softmax over a T x S mask; and that no past depends on the future."""
 
 from __future__ import annotations
 
@@ -8,9 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from kernel_cases import make_documents
+from kernel_cases import captured_in_a_graph, make_documents
+from test_fused_gate import gate_for
+from test_fused_gate import run as run_gated
+from test_sparse_attention import inputs
+from test_triton_attention import DEVICE, HALF, check, documents, on_device
 
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sparse_attention import sparse_attention
@@ -19,33 +25,31 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.kernel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STUDY = Path(__file__).parents[2] / "experiments" / "speed"
-NAMES = ("query_gathering_kernels", "query_gathering", "paired_groups")
-# Triton's interpreter multiplies bfloat16 matrices as if they were integers.
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 
-@pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(STUDY))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        sys.modules.pop(name, None)
+@pytest.fixture(autouse=True)
+def gathers(monkeypatch):
+    """Small chunks from the first query on; a call sets other sizes. Afterwards some call must
+    have gathered."""
+    from gsa_kernels.sparse_attention import gather_launch, triton_config
+
+    made = []
+    split = gather_launch.split
+    monkeypatch.setattr(gather_launch, "split", lambda *args: made.append(1) or split(*args))
+
+    def sizes(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(triton_config, f"GATHER_{name.upper()}", value)
+
+    sizes(**{"from": 0}, chunk=64, longest=24, united=6)
+    yield sizes
+    assert made
 
 
-@pytest.fixture
-def kernels(study):
-    return study[0]
-
-
-def drawn(
-    length, *, c=16, heads=1, slots=4, documents=False, start=0, share=0.3, empty=0.2, seed=0
-):
-    """Random choices of the last queries from `start`. Neighbours agree on a `share` of the blocks
-    that they like, so that unions hold blocks of few and of many; some rows choose nothing."""
+def drawn(length, *, c=16, heads=1, slots=4, documents=False, start=0, empty=0.2, seed=0):
+    """Random choices of the last queries from `start`. Neighbours agree on some blocks that they
+    like, so that choices are near and far; some rows choose nothing."""
     g = torch.Generator().manual_seed(seed)
     # Without sinks a choice may begin before its document.
     spec = SelectionSpec(c, 1, window=17, sinks=0 if documents else 5, heads=heads)
@@ -53,156 +57,195 @@ def drawn(
     layout = Selection(spec, torch.full((2, heads, length, 1), -1), length, length, 0, docs).layout
     may = layout.candidates(slice(None), layout.n_blocks).expand(2, -1, -1)[:, None]
     score = torch.rand(2, heads, length, layout.n_blocks, generator=g)
-    liked = torch.rand(2, heads, length, layout.n_blocks, generator=g) < share
+    liked = torch.rand(2, heads, length, layout.n_blocks, generator=g) < 0.3
     score = score + liked * torch.arange(layout.n_blocks) % 7
     score = score.masked_fill(~may, -1)
     score[torch.rand(2, heads, length, generator=g) < empty] = -1
     width = min(slots, layout.n_blocks)
     best = score.topk(width, -1)
-    far = layout.n_blocks
-    chosen = best.indices.masked_fill(best.values < 0, far).sort(-1).values
-    chosen = torch.nn.functional.pad(chosen, (0, slots - width), value=far)
-    blocks = chosen.masked_fill(chosen == far, -1).to(torch.int32)[:, :, start:]
+    last = layout.n_blocks
+    chosen = best.indices.masked_fill(best.values < 0, last).sort(-1).values
+    chosen = torch.nn.functional.pad(chosen, (0, slots - width), value=last)
+    blocks = chosen.masked_fill(chosen == last, -1).to(torch.int32)[:, :, start:].contiguous()
     return Selection(spec, blocks, length - start, length, start, docs)
 
 
-def check(kernels, selection, *, heads=4, kv_heads=2, width=32, dtype=torch.float32,
-          scale=None, **tuning):  # fmt: skip
-    """Error of out and lse <= 2 x that of the reference in the same precision (+ rounding)."""
-    g = torch.Generator().manual_seed(1)
+def compare(selection, tensors=None, *, dtype=torch.float32, scale=None, mass=True, **shape):
+    """Error of out, lse and mass <= 2 x that of the reference in the same precision."""
+    low = [x.to(DEVICE, dtype) for x in (tensors or inputs(selection, **shape))[:3]]
+    selection = on_device(selection)
 
-    def draw(length, n):
-        x = torch.randn(2, length, n, width, generator=g)
-        return x.to(DEVICE, dtype)
+    def found(tensors, impl):
+        result = sparse_attention(
+            *tensors, selection, need_lse=True, need_mass=mass, impl=impl, scale=scale
+        )
+        return result.out_BTHE, result.lse_BTH, *([result.mass_BHQN] if mass else [])
 
-    docs = selection.doc_start_BS
-    selection = replace(
-        selection,
-        blocks_BHQN=selection.blocks_BHQN.to(DEVICE),
-        doc_start_BS=None if docs is None else docs.to(DEVICE),
-    )
-    n_keys = selection.n_keys
-    low = draw(selection.n_queries, heads), draw(n_keys, kv_heads), draw(n_keys, kv_heads)
-
-    def reference(tensors):
-        found = sparse_attention(*tensors, selection, need_lse=True, impl="reference", scale=scale)
-        return found.out_BTHE.double(), found.lse_BTH.double()
-
-    exact, allowed = reference([x.double() for x in low]), reference(low)
-    chosen = kernels.Tuning(**{"chunk": 64, "longest": 24, "rows": 32, "merged": 64} | tuning)
-    got = kernels.attend(*low, selection, chosen, scale)
+    exact = found([x.double() for x in low], "reference")
+    allowed, got = found(low, "reference"), found(low, "triton")
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
-    for name, value, other, mine in zip(("out", "lse"), exact, allowed, got):
+    for name, value, other, mine in zip(("out", "lse", "mass"), exact, allowed, got):
         error, limit = ((x.double() - value).norm() for x in (mine, other))
         floor = 4 * torch.finfo(torch.float32).eps * value.norm()
         assert error <= 2 * limit + floor + 1e-6, (name, float(error), float(limit))
 
 
-documents = pytest.mark.parametrize("documents", [False, True], ids=["one_doc", "docs"])
-
-
 @documents
+@pytest.mark.parametrize(("length", "united"), [(1, 6), (63, 17), (100, 6)])
+def test_it_is_the_reference(gathers, length, united, documents):
+    gathers(united=united)
+    compare(drawn(length, documents=documents, heads=1 + length % 2))
+
+
+def test_gradients():
+    selection = drawn(70, heads=2, documents=True, slots=3)
+    check(selection, inputs(selection), with_bias=False)
+
+
 @pytest.mark.parametrize(
-    ("length", "united"), [(1, 17), (1, 6), (63, 17), (63, 6), (100, 17), (200, 6)]
+    ("heads", "kv_heads", "held", "width"), [(4, 1, 1, 24), (2, 2, 9, 64), (6, 2, 3, 24)]
 )
-def test_it_is_the_reference(kernels, length, united, documents):
-    heads = 1 + length % 2
-    selection = drawn(length, documents=documents, heads=heads)
-    check(kernels, selection, united=united)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "together"), [(4, 1, 1), (2, 2, 0), (6, 2, 1)])
-@pytest.mark.parametrize("width", [24, 64])
-def test_heads_and_widths(kernels, heads, kv_heads, together, width):
+def test_heads_and_widths(gathers, heads, kv_heads, held, width):
+    """held: sequences and key-value heads whose parts are held at once."""
     for choices in {1, kv_heads}:
+        gathers(bytes=held * 30 * 4 * (heads // kv_heads) * (width * 4 + 4), chunk=30)
         selection = drawn(60, heads=choices)
-        check(kernels, selection, heads=heads, kv_heads=kv_heads, width=width, together=together)
+        compare(selection, heads=heads, kv_heads=kv_heads, width=width)
 
 
 @documents
 @pytest.mark.parametrize("c", [16, 64])
-def test_half_precision(kernels, c, documents):
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision(gathers, c, documents, dtype):
+    gathers(united=9)
     selection = drawn(150 if c == 16 else 300, c=c, slots=2, documents=documents)
     assert (selection.blocks_BHQN >= 0).sum() > 90
-    check(kernels, selection, kv_heads=1, dtype=HALF, united=9)
+    compare(selection, kv_heads=1, dtype=dtype, width=32)
 
 
 @pytest.mark.parametrize(
-    "tuning",
-    [
-        dict(chunk=1, longest=1),
-        dict(chunk=70, longest=5, rows=16, merged=16),
-        dict(chunk=1000, longest=1000, rows=64, merged=64, united=1),
-        dict(chunk=32, united=16, together=0, streamed=True),
-    ],
-    ids=["single_queries", "odd", "one_chunk", "full_groups"],
-)
-def test_chunks_and_items(kernels, tuning):
-    check(kernels, drawn(30 if tuning["chunk"] == 1 else 150, heads=2), **tuning)
+    "sizes",
+    [dict(chunk=1, longest=1), dict(chunk=70, longest=5, bytes=1),
+     dict(chunk=1000, longest=1000, united=1), dict(chunk=32, united=16)],
+    ids=["single_queries", "little_memory", "one_chunk", "full_groups"],
+)  # fmt: skip
+def test_chunks_and_items(gathers, sizes):
+    gathers(**sizes)
+    compare(drawn(30 if sizes["chunk"] == 1 else 130, heads=2), mass="united" in sizes)
 
 
 @documents
 @pytest.mark.parametrize("start", [5, 37, 99])
-def test_last_queries_only(kernels, start, documents):
-    selection = drawn(100, documents=documents, start=start)
-    for united in (17, 4):
-        check(kernels, selection, united=united, chunk=30)
+def test_last_queries_only(gathers, start, documents):
+    gathers(chunk=30, united=4)
+    compare(drawn(100, documents=documents, start=start))
 
 
-def test_all_queries_choose_one_block(kernels):
+def test_all_queries_choose_one_block(gathers):
     selection = drawn(110, slots=1)
     blocks = torch.full_like(selection.blocks_BHQN, -1)
     blocks[:, :, 48:] = 1
     for united in (17, 16):
-        check(kernels, replace(selection, blocks_BHQN=blocks), united=united, longest=10)
+        gathers(united=united, longest=10)
+        compare(replace(selection, blocks_BHQN=blocks))
 
 
-def test_nothing_chosen(kernels):
+def test_nothing_chosen():
     selection = drawn(40, empty=1.0)
     assert (selection.blocks_BHQN < 0).all()
-    check(kernels, selection)
-    check(kernels, replace(selection, blocks_BHQN=selection.blocks_BHQN[..., :0]))
+    compare(selection)
+    compare(replace(selection, blocks_BHQN=selection.blocks_BHQN[..., :0]))
 
 
-def test_a_block_of_another_document_gives_nothing(kernels):
+def test_a_block_of_another_document_gives_nothing(gathers):
+    gathers(united=17)
     selection = drawn(100, documents=True, slots=1)
     blocks = torch.full_like(selection.blocks_BHQN, -1)
     blocks[:, :, 92:] = 0  # documents start at 50 and 90
-    check(kernels, replace(selection, blocks_BHQN=blocks), united=17)
+    compare(replace(selection, blocks_BHQN=blocks))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
-def test_a_scale_that_turns_the_order_of_the_logits(kernels, scale):
-    check(kernels, drawn(63, documents=True), scale=scale, united=6)
+def test_a_scale_that_turns_the_order_of_the_logits(scale):
+    compare(drawn(63, documents=True), scale=scale)
 
 
-def test_near_and_far_are_the_choice(kernels):
+@pytest.mark.parametrize("per_head", [True, False], ids=["headwise", "elementwise"])
+def test_a_gate_rounds_as_a_multiplication_does(per_head):
+    selection = on_device(drawn(60, slots=3))
+    tensors = [x.to(DEVICE, HALF[0]) for x in inputs(selection)]
+    gate = gate_for(tensors[0], per_head).to(DEVICE, HALF[0])
+    args = (selection, tensors, gate, "triton")
+    got = run_gated(*args, with_bias=False)
+    want = run_gated(*args, fused=False, with_bias=False)
+    for name, value in want.items():
+        if name in ("out", "lse") and DEVICE == "cpu":
+            assert torch.equal(got[name], value), name
+        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2, msg=name)
+    with torch.no_grad():  # no ungated output is kept
+        out = sparse_attention(*tensors[:3], selection, gate_BTHE=gate, impl="triton").out_BTHE
+    assert torch.equal(out, got["out"])
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["group_before", "up_to_the_query"])
+def test_near_and_far_are_the_choice(before):
+    from gsa_kernels.sparse_attention import gather_launch
+
     selection = drawn(150, start=7, heads=2)
     blocks = selection.blocks_BHQN
-    near, far = [], []
-    lists = kernels.make_lists(
-        replace(selection, blocks_BHQN=blocks.to(DEVICE)), kernels.Tuning(chunk=40, united=5)
+    found = gather_launch.split(
+        replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, before, 9, True
     )
-    found_far = lists.far.unflatten(0, (2, lists.chunks)).transpose(1, 2).flatten(2, 3).cpu()
-    assert lists.chunks == 4 and (found_far[:, :, 143:] == -1).all()
+    near, moved = found.near.blocks_BHQN.tolist(), found.moved_BHTN.tolist()
+    places, items = found.places_BHL.tolist(), found.items_BHQM3.tolist()
+    used, counts = found.used_BHQ.tolist(), found.counts_2BHT.tolist()
     seen = [0, 0]
     for b in range(2):
         for h in range(2):
-            for t in range(143):
-                group = (t + 7) // 16 * 16
-                rows = blocks[b, h, max(0, group - 7) : group + 16 - 7].flatten().tolist()
-                own = [x for x in blocks[b, h, t].tolist() if x >= 0]
-                near = [x for x in own if rows.count(x) >= 5]
-                far = [x for x in own if rows.count(x) < 5]
-                for want, got in ((near, lists.near.blocks_BHQN.cpu()), (far, found_far)):
-                    assert got[b, h, t].tolist() == want + [-1] * (4 - len(want))
-                seen[0], seen[1] = seen[0] + len(near), seen[1] + len(far)
+            far = {}  # (query, number of its far choice) -> block
+            for chunk in range(4):
+                for block, first, last in items[b][h][chunk][: used[b][h][chunk]]:
+                    assert 0 < last - first <= 9
+                    for place in places[b][h][chunk * 160 :][first:last]:
+                        key = chunk * 40 + place // 4, place % 4
+                        assert key not in far
+                        far[key] = block
+            lists = [[x for x in row if x >= 0] for row in blocks[b, h].tolist()]
+            for t, own in enumerate(lists):
+                last = (t + 7) // 16 * 16 - 7 if before else t + 1
+                asked = lists[max(0, last - 16) : max(0, last)]
+                rows = [x for row in asked for x in row]
+                close = [x for x in own if rows.count(x) >= 5]
+                distant = [x for x in own if rows.count(x) < 5]
+                assert near[b][h][t] == close + [-1] * (4 - len(close))
+                assert [far.pop((t, i)) for i in range(len(distant))] == distant
+                assert [c[b][h][t] for c in counts] == [len(close), len(distant)]
+                assert [(close + distant)[i] for i in moved[b][h][t][: len(own)]] == own
+                seen[0], seen[1] = seen[0] + len(close), seen[1] + len(distant)
+            assert not far
     assert min(seen) > 50
-    assert int(lists.used.sum()) <= seen[1]
+
+
+def test_the_past_is_the_same_to_the_bit_whatever_follows():
+    """Neither later tokens and choices nor the other sequence change what a row is."""
+    whole, other = (drawn(100, slots=3, seed=seed) for seed in (0, 5))
+    low, blocks = 70, whole.blocks_BHQN.clone()
+    blocks[0, :, low:], blocks[1] = -1, other.blocks_BHQN[1]
+    tensors = [x.to(DEVICE, torch.float32) for x in inputs(whole)[:3]]
+    changed = [x.clone() for x in tensors]
+    for x in changed:
+        x[0, low:], x[1] = x[0, low:].flip(0) + 1, x[1].flip(0) + 1
+    found = []
+    for x, chosen in ((tensors, whole.blocks_BHQN), (changed, blocks)):
+        selection = on_device(replace(whole, blocks_BHQN=chosen))
+        result = sparse_attention(*x, selection, need_lse=True, need_mass=True, impl="triton")
+        mass = result.mass_BHQN.transpose(1, 2)
+        found.append([y[0, :low] for y in (result.out_BTHE, result.lse_BTH, mass)])
+    assert all(torch.equal(*pair) for pair in zip(*found))
 
 
 @documents
-def test_no_result_depends_on_uninitialised_memory(kernels, documents, monkeypatch):
+def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
     def poisoned(make):
         def call(*args, **kwargs):
             made = make(*args, **kwargs)
@@ -211,44 +254,99 @@ def test_no_result_depends_on_uninitialised_memory(kernels, documents, monkeypat
         return call
 
     selection = drawn(100, documents=documents)
+    tensors = inputs(selection)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    check(kernels, selection, united=6)
+    compare(selection, tensors)
 
 
-def test_what_it_refuses(kernels):
-    q = torch.randn(1, 32, 32, 16, device=DEVICE)
-    selection = Selection(
-        SelectionSpec(16, 16), torch.full((1, 1, 2, 1), -1, device=DEVICE), 32, 32
+def test_who_gathers(gathers):
+    from gsa_kernels.sparse_attention.gather_launch import split_choices
+
+    selection = drawn(60)
+    q, k, _, bias = inputs(selection, dtype=torch.float32)
+
+    def taken(q=q, k=k, selection=selection, bias=None):
+        return split_choices(q, k, on_device(selection), bias, False) is not None
+
+    blocks = selection.blocks_BHQN
+    assert taken() and not taken(bias=bias)
+    gathers(**{"from": 61})
+    assert not taken()
+    gathers(**{"from": 60})
+    assert taken()
+    tiles = replace(selection, spec=SelectionSpec(16, 16), blocks_BHQN=blocks[:, :, ::16])
+    assert not taken(selection=tiles)
+    assert not taken(selection=replace(selection, spec=SelectionSpec(8, 1)))
+    wide = q.new_empty(2, 60, 66, 16)  # 33 heads of a group, a row each
+    assert not taken(wide) and taken(wide[:, :, :64])
+    assert not taken(q.new_empty(2, 60, 4, 1024), k.new_empty(2, 60, 2, 1024))
+
+
+def test_parts_take_the_memory_of_the_queries(gathers):
+    from gsa_kernels.sparse_attention import triton_config as config
+
+    gathers(chunk=16384)
+    each = 29 * 4 * (128 * 2 + 4)
+    for queries, pairs in ((16384, 4), (131072, 4), (131073, 4), (1 << 20, 64)):
+        size = config.chunk_of_queries(queries, each)
+        assert 8192 <= size <= 16384 and queries % size in (0, *range(size - 16, size))
+        lines = config.lines_of_parts(pairs, size * each)
+        assert 1 <= lines * size * each <= 1 << 29
+    compare(drawn(20), mass=False)
+
+
+def test_one_compiled_graph():
+    from gsa_kernels.sparse_attention import ops
+
+    selection = on_device(drawn(40, slots=2))
+    q, k, v = (x.to(DEVICE, torch.float32) for x in inputs(selection)[:3])
+
+    def layer(q, k, v):
+        result = sparse_attention(q * 2, k, v, selection, need_mass=True, impl="triton")
+        return result.out_BTHE.sin(), result.mass_BHQN
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(q, k, v), layer(q, k, v)):
+        torch.testing.assert_close(a, b)
+    blocks = selection.blocks_BHQN.contiguous()
+    args = (q, k, v, blocks, None, None, None, [16, 1, 17, 5, 0], 0.25, True, True, False)
+    torch.library.opcheck(
+        ops.forward_operator, args, test_utils=("test_schema", "test_faketensor")
     )
-    with pytest.raises(ValueError, match="R = 1"):
-        kernels.attend(q, q, q, selection, kernels.Tuning())
-    selection = Selection(
-        SelectionSpec(16, 1), torch.full((1, 1, 32, 1), -1, device=DEVICE), 32, 32
-    )
-    k = q[:, :, :3]
-    with pytest.raises(ValueError, match="2 at a time"):
-        kernels.attend(q[:, :, :6], k, k, selection, kernels.Tuning(together=2))
-    k = q[:, :, :1]
-    with pytest.raises(ValueError, match="32 heads"):
-        kernels.attend(q, k, k, selection, kernels.Tuning(rows=16))
 
 
-def test_the_command(study, monkeypatch, tmp_path, capsys):
-    command = study[1]
-    file = tmp_path / "out.json"
-    names = ["all far", "chunks of 1024, two lanes"]
+def test_the_study_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(STUDY))
+    command = importlib.import_module("query_gathering")
+    file, lists = tmp_path / "out.json", tmp_path / "lists.npz"
+    np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
     monkeypatch.setattr(
-        sys, "argv", ["query_gathering.py", "--seq-len", "96", "--k", "96", "--heads", "2",
-                      "--kv-heads", "1", "--key-block", "16", "--head-dim", "32",
-                      "--tunings", *names, "--out", str(file)],
+        sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
+                      "1", "--united", "8", "--before", "1", "--chunk", "32", "--out", str(file)],
     )  # fmt: skip
-    command.main()
-    report = json.loads(file.read_text())
-    assert [row["name"] for row in report["records"]] == names
-    for row in report["records"]:
-        assert "error" not in row and row["difference"]["out"] < 1e-2
-        assert row["whole_ms"] > 0 and row["rows_computed"] >= 1
-    assert report["paired_groups"]["difference"]["out"] < 1e-2
-    assert report["records"][0]["far_choices"] > 0.3 and "union_tiles_ms" in report
-    assert names[1] in capsys.readouterr().out
+    try:
+        command.main()
+    finally:
+        sys.modules.pop("query_gathering")
+    unions, found, again = json.loads(file.read_text())["records"]
+    assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
+    assert "error" not in found and found["united"] == 8 and found["split_ms"] > 0
+    assert max(found["difference"].values()) < 1e-5 and found["far_choices"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_captured_in_a_cuda_graph():
+    selection = on_device(drawn(300))
+    q, k, v = (x.to(DEVICE, HALF[0]) for x in inputs(selection)[:3])
+
+    def step():
+        result = sparse_attention(q, k, v, selection, need_mass=True, impl="triton")
+        return result.out_BTHE, result.mass_BHQN
+
+    graph, captured = captured_in_a_graph(step)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    for a, b in zip(captured, step()):
+        assert torch.equal(a, b)

@@ -16,14 +16,16 @@ SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes a prog
 SHAPES = {  # C, R, T, H, K, E, dtype
     "tile": "64 64 131072 16 4 128 bfloat16",
     "tile_16": "64 16 131072 16 4 128 bfloat16",
+    "block": "64 1 131072 16 4 128 bfloat16",
     "token": "1 1 131072 16 4 128 bfloat16",
     "token_in_tile": "1 16 8192 16 4 128 bfloat16",
     "base": "64 64 131072 12 4 64 bfloat16",
 }
 
 
-CASES = [("tile", target) for target in SHARED]
-CASES += [(shape, "sm_90") for shape in SHAPES if shape != "tile"]
+CASES = [(shape, target) for shape in ("tile", "block") for target in SHARED]
+CASES += [(shape, "sm_90") for shape in SHAPES if shape not in ("tile", "block")]
+GATHERING = {"split_kernel", "items_kernel", "places_kernel", "gather_kernel", "combine_kernel"}
 
 
 COARSE = ["running_kernel", "score_kernel", "select_kernel", "survivor_kernel", "select_kernel"]
@@ -84,6 +86,10 @@ def test_launches_compile_within_limits(shape, target):
     if shape == "token":
         expected |= {"mark_kernel", "sweep_kernel", "pack_kernel", "pair_sums_kernel"}
         expected |= {"invert_kernel", "owned_kernel"}
+    elif shape == "block":
+        expected |= {"mark_kernel", "sweep_kernel", "own_mass_kernel", "dkv_kernel"}
+        expected |= {"tile_kernel", "tile_bits_kernel", "tile_lists_kernel"}
+        expected |= GATHERING
     else:
         expected |= {"mass_kernel", "tile_kernel"}
         if shape != "token_in_tile":

@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from gsa_kernels.sizes import ceil_div, power_of_2
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -142,6 +144,52 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
         rows *= 2
     big = itemsize > 2 or width > 128
     return Launch(rows, block, 8 if big or biased else 4, 1 if big else 2)
+
+
+# Queries that choose for themselves (R = 1), in calls of so many, have their far choices gathered.
+GATHER_FROM = 16384
+GATHER_UNITED = 8  # of 16 earlier queries that make a choice near; 17: none is
+GATHER_BEFORE = True  # these are the group before, else those up to the query itself
+GATHER_LONGEST = 128  # queries of a key block that one program gathers
+GATHER_CHUNK = 16384  # most queries whose parts are held at once
+GATHER_BYTES = 1 << 29  # most bytes of parts: those of q at 131072 tokens of 16 heads of 128
+
+
+@dataclass(frozen=True)
+class Gather:
+    """rows, warps and stages of a step that gathers, registers of a thread (None: any); rows of a
+    program that combines."""
+
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None
+    combined: int
+
+
+def gather(group: int, block: int, width: int, itemsize: int) -> Gather | None:
+    """group: G; block: C; None where a block or the heads of a group do not fit a program."""
+    big = itemsize > 2
+    rows = 32 if big else 64
+    held = 2 * block * max(16, power_of_2(width)) * itemsize
+    if block not in (16, 32, 64, 128) or held > 1 << 16 or group > rows:
+        return None
+    # 168 registers let three programs onto a multiprocessor.
+    small = not big and held <= 1 << 15
+    combined = max(32, power_of_2(group))
+    return Gather(rows, 8 if big else 4, 3 if small else 2, 168 if small else None, combined)
+
+
+def chunk_of_queries(queries: int, each: int) -> int:
+    """Queries of a chunk, for parts of `each` bytes a query and key-value head: equal chunks."""
+    most = min(GATHER_CHUNK, max(16, GATHER_BYTES // each))
+    return ceil_div(queries, ceil_div(queries, most))
+
+
+def lines_of_parts(lines: int, each: int) -> int:
+    """Sequences and key-value heads, of `lines`, whose parts of a chunk, `each` bytes, are held
+    at once."""
+    return max(1, min(lines, GATHER_BYTES // each))
 
 
 def pair_sums(width: int, itemsize: int) -> Launch:

@@ -12,6 +12,7 @@ from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from . import triton_config as config
+from .gather_launch import add_far, split_choices
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
 from .triton_inverted import invert
@@ -156,7 +157,13 @@ def forward(
     if need_mass and single:
         mass.zero_()  # the slots that are not used
     pairs = 0 if bias is None or not single else _pairs(selection)
-    for plan in _plans(selection, docs, heads, kv_heads, width, pairs):
+    scale_log2 = max(scale, 1e-30) * LOG2E
+    # The tiles attend what is near, and the gate waits for the rest.
+    far = split_choices(q, k, selection, bias, need_mass)
+    near, first, inner_gate = selection, out, gate
+    if far is not None:
+        near, first, inner_gate = far.near, ungated if keep else out, None
+    for plan in _plans(near, docs, heads, kv_heads, width, pairs):
         packed = _packed(plan, selection, bias) if single else bias
         launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
         slots, sub = plan.lists.shape[3], max(1, c // launch.keys)
@@ -169,17 +176,18 @@ def forward(
         tma = _tma(launch, q) and c % launch.keys == 0
         run(
             forward_kernel, (plan.tiles * per_tile, batch * kv_heads),
-            q, k, v, *boxes(tma, launch.keys, k, v), out, lse, _or(gate, out), ungated,
+            q, k, v, *boxes(tma, launch.keys, k, v), first, lse, _or(inner_gate, out), ungated,
             plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
             _or(docs, plan.lists), _or(plan.sinks, plan.lists),
             queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
             _pairs(selection) if single else own,
-            plan.sink_stride, max(scale, 1e-30) * LOG2E,
+            plan.sink_stride, scale_log2,
             **plan.constants,
             BM=launch.rows, BN=launch.keys, UNION=united,
             HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None,
             HAS_BIAS=bias is not None,
-            HAS_MASS=slot_mass, GATE=0 if gate is None else gate.shape[3], KEEP=keep,
+            HAS_MASS=slot_mass, GATE=0 if inner_gate is None else inner_gate.shape[3],
+            KEEP=keep and far is None,
             TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -194,6 +202,9 @@ def forward(
                 R=r, SUB=sub, BM=launch.rows, BN=bn,
             )  # fmt: skip
         del plan, packed
+    if far is not None:
+        held = slot_lse if slot_mass else None
+        add_far(q, k, v, docs, far, first, lse, out, gate, held, scale_log2)
     if slot_mass and united:
         bn = min(32, power_of_2(own))
         run(
@@ -202,6 +213,9 @@ def forward(
             slot_lse, lse, mass, (blocks >= 0).sum(-1, dtype=torch.int32), queries, own,
             H=heads, HS=blocks.shape[1], BT=64, BN=bn,
         )  # fmt: skip
+        if far is not None:
+            assert far.moved_BHTN is not None
+            mass = mass.gather(3, far.moved_BHTN)
     return out, lse, mass, ungated
 
 
