@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from gsa_kernels.sizes import power_of_2
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -125,6 +127,35 @@ ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program 
 # Whether dk, dv of single keys per query (C = R = 1) come from programs that own key blocks even
 # where the backward need not be deterministic; else dq's kernel adds them atomically.
 OWNED_TOKENS = False
+
+
+# From so many queries on, those that choose their own blocks (R = 1) are gathered in the backward.
+GATHER_BACKWARD_FROM = 16384
+SUMMED_ROWS = 32  # of a program that adds up what they gave
+
+
+@dataclass(frozen=True)
+class GatherLaunch:
+    """rows, warps, stages: of a step; longest: rows of an item; registers: of a thread, None
+    without a bound; turned: logits as [keys, rows]."""
+
+    rows: int
+    warps: int
+    stages: int
+    longest: int
+    registers: int | None
+    turned: bool
+
+
+def gathered_gradient(
+    group: int, block: int, width: int, itemsize: int, device: torch.device
+) -> GatherLaunch:
+    """rows: queries of a step times the G heads of their group. dk, dv of a block stay in the
+    registers."""
+    least = power_of_2(group)
+    if itemsize > 2 or width > 128:
+        return GatherLaunch(max(16, least), 8, 1, 2048, None, True)
+    return GatherLaunch(max(64, least), 8, 2, 2048, None, True)
 
 
 def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:

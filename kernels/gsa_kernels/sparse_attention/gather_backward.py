@@ -1,0 +1,83 @@
+"""Launches of the backward of chosen blocks by query gathering: sizes, buffers, grids."""
+
+import torch
+from torch import Tensor
+
+from gsa_kernels.launch import run
+from gsa_kernels.selection import Selection
+from gsa_kernels.sizes import ceil_div, padded, power_of_2
+
+from . import triton_config as config
+from .gather_lists import gather_lists
+from .triton_gather_backward import parts_kernel, sum_kernel
+
+LOG2E = 1.4426950408889634
+
+
+def gathers(selection: Selection) -> bool:
+    """Whether the backward of the chosen blocks is to gather queries."""
+    spec = selection.spec
+    return (
+        spec.query_tile == 1
+        and spec.key_block in (16, 32, 64, 128)
+        and selection.blocks_BHQN.shape[3] > 0
+        and selection.n_queries >= config.GATHER_BACKWARD_FROM
+    )
+
+
+def chunk_of(queries: int, heads: int, kv_heads: int, width: int, slots: int) -> int:
+    """Queries of a chunk: the parts of one key-value head then take no more memory than q, and
+    offsets inside a chunk are of 32 bits. A block is then chosen by H C rows of it on average."""
+    group = heads // kv_heads
+    most = min(queries * kv_heads // slots, ((1 << 31) - 1) // (width * max(slots * group, heads)))
+    size = ceil_div(queries, ceil_div(queries, max(1, most)))
+    return max(16, size // 16 * 16) if size < queries else queries
+
+
+def add_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    selection: Selection,
+    docs: Tensor | None,
+    scale: float,
+) -> None:
+    """Add what the chosen blocks give to dq [B, T, H, E] and to dk, dv [B, S, K, E] float32.
+
+    dout: gradient of the ungated output; lse, delta [B, H, T] float32, of all keys. scale >= 0.
+    All contiguous; docs int32.
+    """
+    batch, queries, heads, width = q.shape
+    kv_heads, keys, slots = k.shape[2], k.shape[1], selection.blocks_BHQN.shape[3]
+    group, spec = heads // kv_heads, selection.spec
+    size = chunk_of(queries, heads, kv_heads, width, slots)
+    launch = config.gathered_gradient(group, spec.key_block, width, q.element_size(), q.device)
+    lists = gather_lists(selection, size, max(1, launch.longest // group))
+    parts = torch.empty(batch, size, slots, group, width, device=q.device, dtype=q.dtype)
+    items, rows = lists.items.shape[2], max(power_of_2(group), config.SUMMED_ROWS)
+    constants = dict(
+        H=heads, K=kv_heads, HS=selection.blocks_BHQN.shape[1], E=width, BE=padded(width), N=slots
+    )
+    for kv_head in range(kv_heads):
+        for chunk in range(lists.chunks):
+            run(
+                parts_kernel, (items, batch),
+                q, k, v, dout, lse, delta, lists.blocks if docs is None else docs, dk, dv,
+                lists.places, lists.items, parts,
+                queries, keys, selection.q_start, lists.places.shape[2], items, lists.chunks,
+                chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
+                **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
+                TURNED=launch.turned, STAGES=launch.stages,
+                num_warps=launch.warps, maxnreg=launch.registers,
+            )  # fmt: skip
+            run(
+                sum_kernel, (ceil_div(min(size, queries - chunk * size), rows // group), batch),
+                lists.blocks, parts, dq, queries, lists.chunks, chunk, size, kv_head, scale,
+                **constants, BN=power_of_2(slots), BM=rows,
+            )  # fmt: skip
