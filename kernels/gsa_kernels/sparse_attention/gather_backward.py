@@ -59,7 +59,7 @@ def add_chosen(
     size = chunk_of(queries, heads, kv_heads, width, slots)
     launch = config.gathered_gradient(group, spec.key_block, width, q.element_size(), q.device)
     lists = gather_lists(selection, size, max(1, launch.longest // group))
-    parts = torch.empty(batch, size, slots, group, width, device=q.device, dtype=q.dtype)
+    parts = torch.empty(batch, size * slots, group, width, device=q.device, dtype=q.dtype)
     items, rows = lists.items.shape[2], max(power_of_2(group), config.SUMMED_ROWS)
     constants = dict(
         H=heads, K=kv_heads, HS=selection.blocks_BHQN.shape[1], E=width, BE=padded(width), N=slots
@@ -68,9 +68,9 @@ def add_chosen(
         for chunk in range(lists.chunks):
             run(
                 parts_kernel, (items, batch),
-                q, k, v, dout, lse, delta, lists.blocks if docs is None else docs, dk, dv,
-                lists.places, lists.items, parts,
-                queries, keys, selection.q_start, lists.places.shape[2], items, lists.chunks,
+                q, k, v, dout, lse, delta, lists.items if docs is None else docs, dk, dv,
+                lists.queries, lists.items, parts,
+                queries, keys, selection.q_start, lists.queries.shape[2], items, lists.chunks,
                 chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
                 **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
                 TURNED=launch.turned, STAGES=launch.stages,
@@ -78,6 +78,6 @@ def add_chosen(
             )  # fmt: skip
             run(
                 sum_kernel, (ceil_div(min(size, queries - chunk * size), rows // group), batch),
-                lists.blocks, parts, dq, queries, lists.chunks, chunk, size, kv_head, scale,
+                lists.entries, parts, dq, queries, lists.chunks, chunk, size, kv_head, scale,
                 **constants, BN=power_of_2(slots), BM=rows,
             )  # fmt: skip

@@ -20,13 +20,14 @@ from .triton_inverted import invert
 
 @dataclass(frozen=True)
 class GatherLists:
-    """blocks [B X, HS, size, N]: the choices, ascending, padded with -1. places [B X, HS, L]:
-    t N + n for the query t of the chunk and its slot n, by key block. items [B X, HS, M, 4]: block
-    (any where the item is empty), places [first, last) and a number, longest first. All int32.
+    """queries [B X, HS, L]: queries of a chunk, numbered from its first, by the key block that
+    they chose. entries [B X, HS, size, N]: where in it each choice is, -1 past the end of a query's
+    list. items [B X, HS, M, 4]: block (any where the item is empty), entries [first, last) and a
+    number, longest first. All int32.
     """
 
-    blocks: Tensor
-    places: Tensor
+    queries: Tensor
+    entries: Tensor
     items: Tensor
     size: int
     chunks: int
@@ -41,8 +42,8 @@ def gather_lists(selection: Selection, size: int, longest: int) -> GatherLists:
     blocks = blocks.unflatten(2, (chunks, size)).transpose(1, 2).flatten(0, 1).contiguous()
     # Without sinks, and so without documents, it does not matter where a chunk lies.
     plain = SelectionSpec(spec.key_block, 1, heads=spec.heads)
-    lists = invert(Selection(plain, blocks, size, selection.n_keys), longest, True)
-    assert lists.places_BHL is not None
+    lists = invert(Selection(plain, blocks, size, selection.n_keys), longest, False, True)
+    assert lists.entries_BHQN is not None
     segments = lists.segments_BHG4
     length = segments[..., 2] - segments[..., 1]
     # Past the last segment there is nothing, not even zeros.
@@ -50,4 +51,5 @@ def gather_lists(selection: Selection, size: int, longest: int) -> GatherLists:
     order = length.argsort(-1, descending=True)
     items = segments.gather(2, order[..., None].expand_as(segments))
     unused = (items[..., :1] < 0).expand_as(items)
-    return GatherLists(blocks, lists.places_BHL, items.masked_fill(unused, 0), size, chunks)
+    items = items.masked_fill(unused, 0)
+    return GatherLists(lists.tiles_BHL, lists.entries_BHQN, items, size, chunks)

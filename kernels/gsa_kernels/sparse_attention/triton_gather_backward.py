@@ -29,9 +29,9 @@ def parts_kernel(
     docs_ptr,
     dk_ptr,  # float32 [B, S, K, E], added to
     dv_ptr,
-    place_ptr,  # [B X, HS, L] int32
+    query_ptr,  # [B X, HS, L] int32
     item_ptr,  # [B X, HS, M, 4] int32
-    part_ptr,  # [B, size, N, G, E]: dq of a block, without the factor `scale`
+    part_ptr,  # [B, L, G, E]: dq of a block, without the factor `scale`
     T,
     S,
     q_start,
@@ -63,8 +63,8 @@ def parts_kernel(
     item_ptr += (line * M + tl.program_id(0)) * 4
     block, first, last = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
     if first < last:
-        place_ptr += line * L
-        part_ptr += b * size * (N * G * E)
+        query_ptr += line * L
+        part_ptr += b * L * (G * E)
         # What follows counts from the chunk's first query: offsets of 32 bits.
         start = (b * T + chunk * size) * H + kv_head * G
         q_ptr += start * E
@@ -84,24 +84,26 @@ def parts_kernel(
             v = tl.load(v_ptr + base + rows, mask=(e < E)[None, :], other=0.0)
         dk = tl.zeros([C, BE], tl.float32)
         dv = tl.zeros([C, BE], tl.float32)
+        into = part_ptr + (first * G + m)[:, None] * E + e
         for step in tl.range(0, tl.cdiv(last - first, EACH), num_stages=STAGES):
             place = first + step * EACH + m // G
-            there = (place < last) & (m < EACH * G)
-            slot = tl.load(place_ptr + place, mask=there, other=0)
-            t = slot // N
-            ok = there[:, None]
-            if BE != E:
-                ok = ok & (e < E)
+            there = place < last
+            if BM % G != 0:
+                there = there & (m < EACH * G)
+            # Rows that are nobody's take a query of the item, and p = 0.
+            t = tl.load(query_ptr + tl.minimum(place, last - 1))
             at = (t * H + g)[:, None] * E + e
-            # Rows that are nobody's have q = dO = 0 and so give nothing, whatever is finite.
-            q = tl.load(q_ptr + at, mask=ok, other=0.0)
-            do = tl.load(do_ptr + at, mask=ok, other=0.0)
+            if BE == E:
+                q, do = tl.load(q_ptr + at), tl.load(do_ptr + at)
+            else:
+                q = tl.load(q_ptr + at, mask=(e < E)[None, :], other=0.0)
+                do = tl.load(do_ptr + at, mask=(e < E)[None, :], other=0.0)
             # In numbers of 64 bits: heads lie T apart.
             at = g.to(tl.int64) * T + t
-            lse = tl.load(lse_ptr + at, mask=there, other=0.0) * 1.4426950408889634
-            delta = tl.load(delta_ptr + at, mask=there, other=0.0)
+            lse = tl.load(lse_ptr + at, mask=there, other=float("inf")) * 1.4426950408889634
+            delta = tl.load(delta_ptr + at)
             if HAS_DOCS:
-                outside = tl.load(docs_ptr + t, mask=there, other=0)
+                outside = tl.load(docs_ptr + t)
             if TURNED:
                 if HAS_DOCS:
                     mask = mask_of(block * C + c[:, None] - outside[None, :])
@@ -126,8 +128,10 @@ def parts_kernel(
                 ds = (p * (dp - delta[:, None])).to(q.dtype)
                 dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
                 dq = tl.dot(ds, k, input_precision="ieee")
-            into = part_ptr + (slot * G + g)[:, None] * E + e
-            tl.store(into, dq.to(part_ptr.dtype.element_ty), mask=ok)
+            ok = there[:, None]
+            if BE != E:
+                ok = ok & (e < E)
+            tl.store(into + step * (EACH * G * E), dq.to(part_ptr.dtype.element_ty), mask=ok)
         ok = (c < C)[:, None] & (e < E)
         dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
         tl.atomic_add(dk_ptr + rows, dk * scale, mask=ok, sem="relaxed")
@@ -136,7 +140,7 @@ def parts_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def sum_kernel(
-    block_ptr,  # [B X, HS, size, N] int32
+    place_ptr,  # [B X, HS, size, N] int32, -1 past the end of a query's list
     part_ptr,
     dq_ptr,  # [B, T, H, E]: of sinks and windows, added to
     T,
@@ -159,21 +163,21 @@ def sum_kernel(
     b = tl.program_id(1).to(tl.int64)
     line = (b * chunks + chunk) * HS + (kv_head if HS > 1 else 0)
     part_ptr += b * size * (N * G * E)
-    block_ptr += line * size * N
+    place_ptr += line * size * N
     dq_ptr += ((b * T + chunk * size) * H + kv_head * G) * E
     m, e, n = tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, BN)
     t = tl.program_id(0) * EACH + m // G
     ok = (m < EACH * G) & (t < size) & (chunk * size + t < T)
     wide = ok[:, None] & (e < E)
-    block = tl.load(
-        block_ptr + (t * N)[:, None] + n, mask=ok[:, None] & (n < N), other=-1
-    )
-    count = tl.sum((block >= 0).to(tl.int32), 1)
-    into = dq_ptr + (t * H + m % G)[:, None] * E + e
-    at = part_ptr + (t * (N * G) + m % G)[:, None] * E + e
+    place_ptr += t * N
+    place = tl.load(place_ptr[:, None] + n, mask=ok[:, None] & (n < N), other=-1)
+    count = tl.sum((place >= 0).to(tl.int32), 1)
     total = tl.zeros([BM, BE], tl.float32)
     for i in tl.range(0, tl.max(count, 0), loop_unroll_factor=4):
-        there = (i < count)[:, None] & wide
-        total += tl.load(at + i * (G * E), mask=there, other=0.0).to(tl.float32)
+        there = i < count
+        row = tl.load(place_ptr + i, mask=there, other=0) * G + m % G
+        x = tl.load(part_ptr + row[:, None] * E + e, mask=there[:, None] & wide, other=0.0)
+        total += x.to(tl.float32)
+    into = dq_ptr + (t * H + m % G)[:, None] * E + e
     before = tl.load(into, mask=wide, other=0.0).to(tl.float32)
     tl.store(into, (before + total * scale).to(dq_ptr.dtype.element_ty), mask=wide)
