@@ -48,7 +48,8 @@ def add_chosen(
     docs: Tensor | None,
     scale: float,
 ) -> None:
-    """Add what the chosen blocks give to dq [B, T, H, E] and to dk, dv [B, S, K, E] float32.
+    """Add what the chosen blocks give to dq [B, T, H, E] and, where the launch says so, to dk, dv
+    [B, S, K, E] float32.
 
     dout: gradient of the ungated output; lse, delta [B, H, T] float32, of all keys. scale >= 0.
     All contiguous; docs int32.
@@ -60,6 +61,8 @@ def add_chosen(
     launch = config.gathered_gradient(group, spec.key_block, width, q.element_size(), q.device)
     lists = gather_lists(selection, size, max(1, launch.longest // group))
     parts = torch.empty(batch, size * slots, group, width, device=q.device, dtype=q.dtype)
+    # One load each, and what a query's heads need side by side.
+    sums = torch.stack((lse * LOG2E, delta), -1).transpose(1, 2).contiguous()
     items, rows = lists.items.shape[2], max(power_of_2(group), config.SUMMED_ROWS)
     constants = dict(
         H=heads, K=kv_heads, HS=selection.blocks_BHQN.shape[1], E=width, BE=padded(width), N=slots
@@ -68,12 +71,12 @@ def add_chosen(
         for chunk in range(lists.chunks):
             run(
                 parts_kernel, (items, batch),
-                q, k, v, dout, lse, delta, lists.items if docs is None else docs, dk, dv,
+                q, k, v, dout, sums, lists.items if docs is None else docs, dk, dv,
                 lists.queries, lists.items, parts,
                 queries, keys, selection.q_start, lists.queries.shape[2], items, lists.chunks,
                 chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
                 **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
-                TURNED=launch.turned, STAGES=launch.stages,
+                TURNED=launch.turned, KEYS=launch.keys, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,
             )  # fmt: skip
             run(

@@ -136,15 +136,16 @@ SUMMED_ROWS = 32  # of a program that adds up what they gave
 
 @dataclass(frozen=True)
 class GatherLaunch:
-    """rows, warps, stages: of a step; longest: rows of an item; registers: of a thread, None
-    without a bound; turned: logits as [keys, rows]."""
+    """rows, warps, stages: of a step; longest: rows of an item. turned: logits as [keys, rows];
+    keys: dk, dv too. registers: of a thread, None without a bound."""
 
     rows: int
     warps: int
     stages: int
-    longest: int
-    registers: int | None
-    turned: bool
+    longest: int = 2048
+    turned: bool = True
+    keys: bool = True
+    registers: int | None = None
 
 
 def gathered_gradient(
@@ -154,8 +155,8 @@ def gathered_gradient(
     registers."""
     least = power_of_2(group)
     if itemsize > 2 or width > 128:
-        return GatherLaunch(max(16, least), 8, 1, 2048, None, True)
-    return GatherLaunch(max(64, least), 8, 2, 2048, None, True)
+        return GatherLaunch(max(16, least), 8, 1)
+    return GatherLaunch(max(32, least), 4, 5)
 
 
 def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:

@@ -24,8 +24,7 @@ def parts_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    lse_ptr,
-    delta_ptr,
+    sums_ptr,  # [B, T, H, 2] float32: lse in units of log2, delta
     docs_ptr,
     dk_ptr,  # float32 [B, S, K, E], added to
     dv_ptr,
@@ -53,9 +52,10 @@ def parts_kernel(
     BM: tl.constexpr,
     HAS_DOCS: tl.constexpr,
     TURNED: tl.constexpr,
+    KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per item. TURNED: logits as [keys, rows], else [rows, keys]."""
+    """One program per item. TURNED: logits as [keys, rows], else [rows, keys]. KEYS: dk, dv too."""
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G  # queries of a step
     b = tl.program_id(1).to(tl.int64)
@@ -69,9 +69,7 @@ def parts_kernel(
         start = (b * T + chunk * size) * H + kv_head * G
         q_ptr += start * E
         do_ptr += start * E
-        start = (b * H + kv_head * G) * T + chunk * size
-        lse_ptr += start
-        delta_ptr += start
+        sums_ptr += start * 2
         docs_ptr += b * S + q_start + chunk * size
         m, e, c = tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, C)
         g = m % G
@@ -84,24 +82,24 @@ def parts_kernel(
             v = tl.load(v_ptr + base + rows, mask=(e < E)[None, :], other=0.0)
         dk = tl.zeros([C, BE], tl.float32)
         dv = tl.zeros([C, BE], tl.float32)
-        into = part_ptr + (first * G + m)[:, None] * E + e
+        part_ptr += first * (G * E)
         for step in tl.range(0, tl.cdiv(last - first, EACH), num_stages=STAGES):
-            place = first + step * EACH + m // G
-            there = place < last
+            left = (last - first - step * EACH) * G
             if BM % G != 0:
-                there = there & (m < EACH * G)
+                left = tl.minimum(left, EACH * G)
+            there = m < left
+            place = first + step * EACH + m // G
             # Rows that are nobody's take a query of the item, and p = 0.
             t = tl.load(query_ptr + tl.minimum(place, last - 1))
-            at = (t * H + g)[:, None] * E + e
+            row = (t * H + g)[:, None]
             if BE == E:
-                q, do = tl.load(q_ptr + at), tl.load(do_ptr + at)
+                q, do = tl.load(q_ptr + row * E + e), tl.load(do_ptr + row * E + e)
             else:
-                q = tl.load(q_ptr + at, mask=(e < E)[None, :], other=0.0)
-                do = tl.load(do_ptr + at, mask=(e < E)[None, :], other=0.0)
-            # In numbers of 64 bits: heads lie T apart.
-            at = g.to(tl.int64) * T + t
-            lse = tl.load(lse_ptr + at, mask=there, other=float("inf")) * 1.4426950408889634
-            delta = tl.load(delta_ptr + at)
+                q = tl.load(q_ptr + row * E + e, mask=(e < E)[None, :], other=0.0)
+                do = tl.load(do_ptr + row * E + e, mask=(e < E)[None, :], other=0.0)
+            # Both at once: alone, every thread would load all that its columns need.
+            lse, delta = tl.split(tl.load(sums_ptr + row * 2 + tl.arange(0, 2)))
+            lse = tl.where(there, lse, float("inf"))
             if HAS_DOCS:
                 outside = tl.load(docs_ptr + t)
             if TURNED:
@@ -111,11 +109,13 @@ def parts_kernel(
                 else:
                     s = tl.dot(k, tl.trans(q), input_precision="ieee")
                 p = probabilities(s, lse[None, :], 0.0, scale_log2, False)
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                if KEYS:
+                    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 dp = tl.dot(v, tl.trans(do), input_precision="ieee")
                 ds = (p * (dp - delta[None, :])).to(q.dtype)
-                dk = tl.dot(ds, q, dk, input_precision="ieee")
-                dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+                if KEYS:
+                    dk = tl.dot(ds, q, dk, input_precision="ieee")
+                dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
             else:
                 if HAS_DOCS:
                     mask = mask_of(block * C + c[None, :] - outside[:, None])
@@ -123,19 +123,23 @@ def parts_kernel(
                 else:
                     s = tl.dot(q, tl.trans(k), input_precision="ieee")
                 p = probabilities(s, lse[:, None], 0.0, scale_log2, False)
-                dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+                if KEYS:
+                    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
                 dp = tl.dot(do, tl.trans(v), input_precision="ieee")
                 ds = (p * (dp - delta[:, None])).to(q.dtype)
-                dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+                if KEYS:
+                    dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
                 dq = tl.dot(ds, k, input_precision="ieee")
             ok = there[:, None]
             if BE != E:
                 ok = ok & (e < E)
-            tl.store(into + step * (EACH * G * E), dq.to(part_ptr.dtype.element_ty), mask=ok)
-        ok = (c < C)[:, None] & (e < E)
-        dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
-        tl.atomic_add(dk_ptr + rows, dk * scale, mask=ok, sem="relaxed")
-        tl.atomic_add(dv_ptr + rows, dv, mask=ok, sem="relaxed")
+            into = part_ptr + step * (EACH * G * E)
+            tl.store(into + (m[:, None] * E + e), dq.to(part_ptr.dtype.element_ty), mask=ok)
+        if KEYS:
+            ok = (c < C)[:, None] & (e < E)
+            dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
+            tl.atomic_add(dk_ptr + rows, dk * scale, mask=ok, sem="relaxed")
+            tl.atomic_add(dv_ptr + rows, dv, mask=ok, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
