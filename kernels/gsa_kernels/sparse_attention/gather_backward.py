@@ -26,10 +26,10 @@ def gathers(selection: Selection) -> bool:
 
 
 def chunk_of(queries: int, heads: int, kv_heads: int, width: int, slots: int) -> int:
-    """Queries of a chunk: the parts of one key-value head then take no more memory than q, and
-    offsets inside a chunk are of 32 bits. A block is then chosen by H C rows of it on average."""
-    group = heads // kv_heads
-    most = min(queries * kv_heads // slots, ((1 << 31) - 1) // (width * max(slots * group, heads)))
+    """Queries of a chunk: the parts of one key-value head are bounded by q's memory, so a block is
+    chosen by about H C rows of a chunk; and offsets inside a chunk are of 32 bits."""
+    fitting = ((1 << 31) - 1) // (width * max(slots * heads // kv_heads, 2 * heads))
+    most = min(int(config.GATHERED_PARTS * queries * kv_heads) // slots, fitting)
     size = ceil_div(queries, ceil_div(queries, max(1, most)))
     return max(16, size // 16 * 16) if size < queries else queries
 
@@ -76,11 +76,13 @@ def add_chosen(
                 queries, keys, selection.q_start, lists.queries.shape[2], items, lists.chunks,
                 chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
                 **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
-                TURNED=launch.turned, KEYS=launch.keys, STAGES=launch.stages,
+                TURNED=launch.turned, KEYS=launch.keys,
+                STREAMED=launch.streamed, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,
             )  # fmt: skip
             run(
                 sum_kernel, (ceil_div(min(size, queries - chunk * size), rows // group), batch),
                 lists.entries, parts, dq, queries, lists.chunks, chunk, size, kv_head, scale,
                 **constants, BN=power_of_2(slots), BM=rows,
+                STREAMED=launch.streamed,
             )  # fmt: skip

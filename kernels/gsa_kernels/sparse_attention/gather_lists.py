@@ -21,9 +21,9 @@ from .triton_inverted import invert
 @dataclass(frozen=True)
 class GatherLists:
     """queries [B X, HS, L]: queries of a chunk, numbered from its first, by the key block that
-    they chose. entries [B X, HS, size, N]: where in it each choice is, -1 past the end of a query's
-    list. items [B X, HS, M, 4]: block (any where the item is empty), entries [first, last) and a
-    number, longest first. All int32.
+    they chose. entries [B X, HS, size, N]: where in it each choice is, -1 past the end of a
+    query's list. items [B X, HS, M, 4]: block (any where the item is empty), entries [first, last)
+    and a number, longest first. All int32.
     """
 
     queries: Tensor

@@ -131,13 +131,15 @@ OWNED_TOKENS = False
 
 # From so many queries on, those that choose their own blocks (R = 1) are gathered in the backward.
 GATHER_BACKWARD_FROM = 16384
-SUMMED_ROWS = 32  # of a program that adds up what they gave
+GATHERED_PARTS = 1.0  # memory of the parts of dq that are held at a time, over that of q
+SUMMED_ROWS = 32  # of a program that adds them up
 
 
 @dataclass(frozen=True)
 class GatherLaunch:
     """rows, warps, stages: of a step; longest: rows of an item. turned: logits as [keys, rows];
-    keys: dk, dv too. registers: of a thread, None without a bound."""
+    keys: dk, dv too. registers: of a thread, None without a bound. streamed: parts leave the L2
+    before queries do."""
 
     rows: int
     warps: int
@@ -146,6 +148,7 @@ class GatherLaunch:
     turned: bool = True
     keys: bool = True
     registers: int | None = None
+    streamed: bool = False
 
 
 def gathered_gradient(

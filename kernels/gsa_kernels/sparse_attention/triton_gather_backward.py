@@ -53,9 +53,12 @@ def parts_kernel(
     HAS_DOCS: tl.constexpr,
     TURNED: tl.constexpr,
     KEYS: tl.constexpr,
+    STREAMED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per item. TURNED: logits as [keys, rows], else [rows, keys]. KEYS: dk, dv too."""
+    """One program per item. TURNED: logits as [keys, rows], else [rows, keys]. KEYS: dk, dv
+    too."""
+    POLICY: tl.constexpr = "evict_first" if STREAMED else ""
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G  # queries of a step
     b = tl.program_id(1).to(tl.int64)
@@ -134,7 +137,12 @@ def parts_kernel(
             if BE != E:
                 ok = ok & (e < E)
             into = part_ptr + step * (EACH * G * E)
-            tl.store(into + (m[:, None] * E + e), dq.to(part_ptr.dtype.element_ty), mask=ok)
+            tl.store(
+                into + (m[:, None] * E + e),
+                dq.to(part_ptr.dtype.element_ty),
+                mask=ok,
+                eviction_policy=POLICY,
+            )
         if KEYS:
             ok = (c < C)[:, None] & (e < E)
             dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
@@ -161,6 +169,7 @@ def sum_kernel(
     N: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
+    STREAMED: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G
@@ -180,7 +189,10 @@ def sum_kernel(
     for i in tl.range(0, tl.max(count, 0), loop_unroll_factor=4):
         there = i < count
         row = tl.load(place_ptr + i, mask=there, other=0) * G + m % G
-        x = tl.load(part_ptr + row[:, None] * E + e, mask=there[:, None] & wide, other=0.0)
+        x = tl.load(
+            part_ptr + row[:, None] * E + e, mask=there[:, None] & wide, other=0.0,
+            eviction_policy="evict_first" if STREAMED else ""
+        )  # fmt: skip
         total += x.to(tl.float32)
     into = dq_ptr + (t * H + m % G)[:, None] * E + e
     before = tl.load(into, mask=wide, other=0.0).to(tl.float32)

@@ -212,7 +212,7 @@ def invert(
             marks, counts, blocks, lists, lists if at is None else at,
             lists if where is None else where, segments,
             first, rows, words, n_blocks, tiles, slots, length, most, longest,
-            PLACES=places, ENTRIES=entries, STEPS=slots.bit_length(), BW=min(32, power_of_2(words)),
-            BM=min(1024, max(16, power_of_2(n_blocks))),
+            PLACES=places, ENTRIES=entries, STEPS=slots.bit_length(),
+            BW=min(32, power_of_2(words)), BM=min(1024, max(16, power_of_2(n_blocks))),
         )  # fmt: skip
     return InvertedLists(lists, at, where, segments)
