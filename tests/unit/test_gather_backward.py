@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import make_selection
@@ -166,3 +171,26 @@ def test_items_hold_every_choice_once():
                 found.add((b, h, chunk * 48 + t, n))
         assert sum(x >= 0 for row in entries for x in row) == sum(lengths)
     assert len(found) == int((selection.blocks_BHQN >= 0).sum()) > 100
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    """A captured selection; gradients are those of the union tiles."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments" / "speed"))
+    blocks = make_selection(64, (16, 1), window=32, sinks=16, budget=96).blocks_BHQN
+    assert (blocks[0] >= 0).sum() > 5
+    np.savez(tmp_path / "lists.npz", blocks=blocks[0, 0].numpy(force=True).astype(np.int16))
+    arguments = ["--seq-len", "64", "--k", "96", "--heads", "2", "--kv-heads", "1", "--key-block",
+                 "16", "--head-dim", "16", "--variants", "32 rows, 5 stages",
+                 "--lists", tmp_path / "lists.npz", "--out", tmp_path / "out.json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["block_backward.py", *map(str, arguments)])
+    study = importlib.import_module("block_backward")
+    try:
+        study.main()
+    finally:
+        for name in ("block_backward", "query_gathering", "query_gathering_kernels",
+                     "paired_groups"):  # fmt: skip
+            sys.modules.pop(name, None)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert "error" not in row and row["source"] == "lists.npz"
+    assert all(0 < x < 1e-2 for x in row["difference"].values()) and row["whole_ms"] > 0
+    assert "union tiles" in capsys.readouterr().out
