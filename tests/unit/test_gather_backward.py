@@ -176,10 +176,10 @@ def test_items_hold_every_choice_once():
 def test_the_command(monkeypatch, tmp_path, capsys):
     """A captured selection; gradients are those of the union tiles."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments" / "speed"))
-    blocks = make_selection(64, (16, 1), window=32, sinks=16, budget=96).blocks_BHQN
-    assert (blocks[0] >= 0).sum() > 5
+    blocks = make_selection(80, (16, 1), window=32, sinks=16, budget=96).blocks_BHQN
+    assert (blocks[0] >= 0).sum() > 10
     np.savez(tmp_path / "lists.npz", blocks=blocks[0, 0].numpy(force=True).astype(np.int16))
-    arguments = ["--seq-len", "64", "--k", "96", "--heads", "2", "--kv-heads", "1", "--key-block",
+    arguments = ["--seq-len", "80", "--k", "96", "--heads", "2", "--kv-heads", "1", "--key-block",
                  "16", "--head-dim", "16", "--variants", "32 rows, 5 stages",
                  "--lists", tmp_path / "lists.npz", "--out", tmp_path / "out.json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["block_backward.py", *map(str, arguments)])
