@@ -53,6 +53,9 @@ VARIANTS: dict[str, tuple[GatherLaunch, float, int]] = {
     "64 rows, not turned": (Launch(64, 4, 3, turned=False), 1.0, 32),
     "32 rows, 5 stages, streamed": (Launch(32, 4, 5, streamed=True), 1.0, 32),
     "64 rows, 3 stages, streamed": (Launch(64, 4, 3, streamed=True), 1.0, 32),
+    "32 rows, two lanes": (Launch(32, 4, 5, lanes=2), 1.0, 32),
+    "64 rows, two lanes": (Launch(64, 4, 3, lanes=2), 1.0, 32),
+    "32 rows, two lanes, more memory": (Launch(32, 4, 5, lanes=2), 2.0, 32),
     "32 rows, half the chunk": (Launch(32, 4, 5), 0.5, 32),
     "32 rows, items of 1024": (Launch(32, 4, 5, longest=1024), 1.0, 32),
     "32 rows, items of 4096": (Launch(32, 4, 5, longest=4096), 1.0, 32),
@@ -133,10 +136,10 @@ class Backward:
     def lists(self) -> Any:
         q, k, blocks = self.q, self.k, self.selection.blocks_BHQN
         heads, kv_heads = q.shape[2], k.shape[2]
-        size = gather_backward.chunk_of(
-            q.shape[1], heads, kv_heads, q.shape[3], blocks.shape[3]
-        )  # fmt: skip
         launch = triton_config.gathered_gradient(heads // kv_heads, 64, 128, 2, q.device)
+        size = gather_backward.chunk_of(
+            q.shape[1], heads, kv_heads, q.shape[3], blocks.shape[3], launch.lanes
+        )
         return gather_backward.gather_lists(
             self.selection, size, max(1, launch.longest * kv_heads // heads)
         )

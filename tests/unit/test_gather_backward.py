@@ -31,7 +31,8 @@ def gathering(monkeypatch):
     from gsa_kernels.sparse_attention import triton_config
 
     def use(turned: bool = True, keys: bool = True, rows: int = 32, longest: int = 60) -> None:
-        launch = triton_config.GatherLaunch(rows, 4, 2, longest, turned, keys)
+        lanes = 1 if turned else 2
+        launch = triton_config.GatherLaunch(rows, 4, 2, longest, turned, keys, lanes=lanes)
         monkeypatch.setattr(triton_config, "gathered_gradient", lambda *_: launch)
         monkeypatch.setattr(triton_config, "GATHER_BACKWARD_FROM", 0)
 

@@ -139,7 +139,8 @@ SUMMED_ROWS = 32  # of a program that adds them up
 class GatherLaunch:
     """rows, warps, stages: of a step; longest: rows of an item. turned: logits as [keys, rows];
     keys: dk, dv too. registers: of a thread, None without a bound. streamed: parts leave the L2
-    before queries do."""
+    before queries do. lanes: streams that take chunks in turn, each with parts of its own, so that
+    sums of one, bound by memory, run beneath the products of another."""
 
     rows: int
     warps: int
@@ -149,6 +150,7 @@ class GatherLaunch:
     keys: bool = True
     registers: int | None = None
     streamed: bool = False
+    lanes: int = 1
 
 
 def gathered_gradient(
