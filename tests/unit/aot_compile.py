@@ -72,8 +72,6 @@ def compiled(
             signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif kernel.params[place].do_not_specialize:
-            signature[name] = "i32"
         elif value == 1:  # as at run time
             signature[name], constants[(place,)] = "constexpr", value
         else:
