@@ -161,7 +161,8 @@ def gathered_gradient(
     least = power_of_2(group)
     if itemsize > 2 or width > 128:
         return GatherLaunch(max(16, least), 8, 1)
-    return GatherLaunch(max(32, least), 4, 5)
+    stages = 5 if has_tma(device) else 3
+    return GatherLaunch(max(32, least), 4 if block <= 64 else 8, stages)
 
 
 def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:
