@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from query_gathering import graph_ms
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
@@ -160,6 +159,20 @@ def differences(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> dict[str, 
         name: float((a.float() - b.float()).norm() / b.float().norm())
         for name, a, b in zip(NAMES, got, want)
     }
+
+
+def graph_ms(call: Callable[[], Any], device: torch.device, budget_s: float) -> float | None:
+    """Milliseconds of a CUDA graph of the call, which the host cannot slow; None without one."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"  no graph: {str(error).splitlines()[0]}", flush=True)
+        return None
+    return milliseconds(graph.replay, device, budget_s)
 
 
 def record(backward: Backward, device: torch.device, budget_s: float) -> dict[str, Any]:
