@@ -137,6 +137,42 @@ ROWS_PER_SEGMENT = 16384  # query rows (of one key-value head) that one program 
 OWNED_TOKENS = False
 
 
+# From so many queries on, those that choose their own blocks (R = 1) are gathered in the backward.
+GATHER_BACKWARD_FROM = 16384
+GATHERED_PARTS = 1.0  # memory of the parts of dq that are held at a time, over that of q
+SUMMED_ROWS = 32  # of a program that adds them up
+
+
+@dataclass(frozen=True)
+class GatherLaunch:
+    """rows, warps, stages: of a step; longest: rows of an item. turned: logits as [keys, rows];
+    keys: dk, dv too. registers: of a thread, None without a bound. streamed: parts leave the L2
+    before queries do. lanes: streams that take chunks in turn, each with parts of its own, so that
+    sums of one, bound by memory, run beneath the products of another."""
+
+    rows: int
+    warps: int
+    stages: int
+    longest: int = 2048
+    turned: bool = True
+    keys: bool = True
+    registers: int | None = None
+    streamed: bool = False
+    lanes: int = 1
+
+
+def gathered_gradient(
+    group: int, block: int, width: int, itemsize: int, device: torch.device
+) -> GatherLaunch:
+    """rows: queries of a step times the G heads of their group. dk, dv of a block stay in the
+    registers."""
+    least = power_of_2(group)
+    if itemsize > 2 or width > 128:
+        return GatherLaunch(max(16, least), 8, 1)
+    stages = 5 if has_tma(device) else 3
+    return GatherLaunch(max(32, least), 4 if block <= 64 else 8, stages)
+
+
 def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:
     """rows: queries of a step times the G heads of their group; 64 are fewer steps, but spill."""
     rows = _rows(16 if itemsize > 2 else 32, 16 * group)

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: sizes, buffers, grids. Called by ops.py only."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, padded, power_of_2
 
 from . import triton_config as config
+from .gather_backward import add_chosen, gathers
 from .gather_launch import add_far, split_choices
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
@@ -278,6 +279,14 @@ def backward(
             blocks.shape if single else (batch, heads, queries, own),
             device=q.device, dtype=torch.float32,
         )  # fmt: skip
+    chosen, whole_selection = None, selection
+    if bias is None and not deterministic and gathers(selection):
+        chosen, selection = selection, replace(selection, blocks_BHQN=blocks[..., :0])
+        gathered = config.gathered_gradient(
+            heads // kv_heads, c, width, q.element_size(), q.device
+        )
+        if gathered.keys:
+            whole_selection = selection
     pairs = 0 if bias is None or not single else _pairs(selection)
     for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts):
         slots = plan.lists.shape[3]
@@ -312,8 +321,10 @@ def backward(
         del plan, packed
     if owned and not starts:
         _block_gradients(
-            selection, q, k, v, dout, lse, delta, dk, dv, bias, docs, scale, whole
+            whole_selection, q, k, v, dout, lse, delta, dk, dv, bias, docs, scale, whole
         )  # fmt: skip
+    if chosen is not None:
+        add_chosen(q, k, v, dout, lse, delta, dq, dk, dv, chosen, docs, scale)
     # Results of an operator may not share their storage.
     dk, dv = (x.to(k.dtype, copy=not whole) for x in (dk, dv))
     if bias is None:
