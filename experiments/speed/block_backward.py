@@ -18,7 +18,6 @@ choices, 60.8 M rows of (query, head, block), a product of matrices over all of 
   GB of parts written: 8.5 ms at 5.5 TB/s, under it. Memory: 16 GB of parts written, under it too.
 - Sums: 16 GB of parts read at 4 TB/s: 4 ms. Atomics: 13 k items x 4 heads x 64 KB: 3.5 GB, 2 ms if
   not hidden. Window and sinks 2.5 ms, lists 1 ms. In all 23 to 25 ms, for every layer.
-- `dq alone` (dk, dv as before): three products more slots, 8 to 9 ms, and 12 ms: 28 ms.
 """
 
 from __future__ import annotations
@@ -38,7 +37,13 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from gsa_kernels.bench.case import Case, Shape, make_case
-from gsa_kernels.bench.timing import environment, host_milliseconds, milliseconds, peak_bytes
+from gsa_kernels.bench.timing import (
+    environment,
+    graph_milliseconds,
+    host_milliseconds,
+    milliseconds,
+    peak_bytes,
+)
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sparse_attention import gather_backward, triton_config, triton_launch
 from gsa_kernels.sparse_attention.triton_config import GatherLaunch
@@ -49,21 +54,11 @@ VARIANTS: dict[str, tuple[GatherLaunch, float, int]] = {
     "32 rows, 5 stages": (Launch(32, 4, 5), 1.0, 32),
     "32 rows, 3 stages": (Launch(32, 4, 3), 1.0, 32),
     "64 rows, 3 stages": (Launch(64, 4, 3), 1.0, 32),
-    "64 rows, not turned": (Launch(64, 4, 3, turned=False), 1.0, 32),
-    "32 rows, 5 stages, streamed": (Launch(32, 4, 5, streamed=True), 1.0, 32),
-    "64 rows, 3 stages, streamed": (Launch(64, 4, 3, streamed=True), 1.0, 32),
-    "32 rows, two lanes": (Launch(32, 4, 5, lanes=2), 1.0, 32),
-    "64 rows, two lanes": (Launch(64, 4, 3, lanes=2), 1.0, 32),
-    "32 rows, two lanes, more memory": (Launch(32, 4, 5, lanes=2), 2.0, 32),
     "32 rows, half the chunk": (Launch(32, 4, 5), 0.5, 32),
     "32 rows, items of 1024": (Launch(32, 4, 5, longest=1024), 1.0, 32),
     "32 rows, items of 4096": (Launch(32, 4, 5, longest=4096), 1.0, 32),
     "sums of 16 rows": (Launch(32, 4, 5), 1.0, 16),
     "sums of 64 rows": (Launch(32, 4, 5), 1.0, 64),
-    "dq alone, 64 rows": (Launch(64, 4, 3, turned=False, keys=False), 1.0, 32),
-    "dq alone, 32 rows": (Launch(32, 4, 5, keys=False), 1.0, 32),
-    "dq alone, 64 rows, an eighth": (Launch(64, 4, 3, turned=False, keys=False), 0.125, 32),
-    "128 rows, 8 warps, not turned": (Launch(128, 8, 3, turned=False), 1.0, 32),
 }
 NAMES = ("dq", "dk", "dv")
 
@@ -136,9 +131,7 @@ class Backward:
         q, k, blocks = self.q, self.k, self.selection.blocks_BHQN
         heads, kv_heads = q.shape[2], k.shape[2]
         launch = triton_config.gathered_gradient(heads // kv_heads, 64, 128, 2, q.device)
-        size = gather_backward.chunk_of(
-            q.shape[1], heads, kv_heads, q.shape[3], blocks.shape[3], launch.lanes
-        )
+        size = gather_backward.chunk_of(q.shape[1], heads, kv_heads, q.shape[3], blocks.shape[3])
         return gather_backward.gather_lists(
             self.selection, size, max(1, launch.longest * kv_heads // heads)
         )
@@ -161,24 +154,10 @@ def differences(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> dict[str, 
     }
 
 
-def graph_ms(call: Callable[[], Any], device: torch.device, budget_s: float) -> float | None:
-    """Milliseconds of a CUDA graph of the call, which the host cannot slow; None without one."""
-    if device.type != "cuda":
-        return None
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        print(f"  no graph: {str(error).splitlines()[0]}", flush=True)
-        return None
-    return milliseconds(graph.replay, device, budget_s)
-
-
 def record(backward: Backward, device: torch.device, budget_s: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "whole_ms": milliseconds(backward, device, budget_s),
-        "graph_ms": graph_ms(backward, device, budget_s),
+        "graph_ms": graph_milliseconds([backward], device, budget_s),
         "near_ms": milliseconds(backward.near, device, budget_s),
         "lists_ms": milliseconds(backward.lists, device, budget_s),
     }

@@ -86,7 +86,6 @@ def main() -> None:
     p.add_argument("--key-block", type=int, default=64 if cuda else 16)
     p.add_argument("--united", type=int, nargs="+", default=[6, 8, 11, 17])
     p.add_argument("--chunk", type=int, nargs="+", default=[4096, 8192, 16384])
-    p.add_argument("--before", type=int, nargs="+", choices=(0, 1), default=[1, 0])
     p.add_argument("--longest", type=int, nargs="+", default=[config.GATHER_LONGEST])
     p.add_argument("--bytes", type=int, nargs="+", default=[config.GATHER_BYTES])
     p.add_argument("--seconds", type=float, default=0.15 if cuda else 0.0, help="for each number")
@@ -127,8 +126,8 @@ def main() -> None:
     with constants(**unions):
         want = attend(need_mass=True)
         keep({"design": "union tiles"} | record(attend, None, device, args.seconds))
-    for values in product(args.united, args.before, args.chunk, args.longest, args.bytes):
-        sizes = dict(zip(("united", "before", "chunk", "longest", "bytes"), values))
+    for values in product(args.united, args.chunk, args.longest, args.bytes):
+        sizes = dict(zip(("united", "chunk", "longest", "bytes"), values))
         row: dict[str, Any] = {"design": "gathering"} | sizes
         with constants(**{"from": 0}, **sizes):
             try:

@@ -187,15 +187,12 @@ def test_a_gate_rounds_as_a_multiplication_does(per_head):
     assert torch.equal(out, got["out"])
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["group_before", "up_to_the_query"])
-def test_near_and_far_are_the_choice(before):
+def test_near_and_far_are_the_choice():
     from gsa_kernels.sparse_attention import gather_launch
 
     selection = drawn(150, start=7, heads=2)
     blocks = selection.blocks_BHQN
-    found = gather_launch.split(
-        replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, before, 9, True
-    )
+    found = gather_launch.split(replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, 9, True)
     near, moved = found.near.blocks_BHQN.tolist(), found.moved_BHTN.tolist()
     places, items = found.places_BHL.tolist(), found.items_BHQM3.tolist()
     used, counts = found.used_BHQ.tolist(), found.counts_2BHT.tolist()
@@ -212,7 +209,7 @@ def test_near_and_far_are_the_choice(before):
                         far[key] = block
             lists = [[x for x in row if x >= 0] for row in blocks[b, h].tolist()]
             for t, own in enumerate(lists):
-                last = (t + 7) // 16 * 16 - 7 if before else t + 1
+                last = (t + 7) // 16 * 16 - 7
                 asked = lists[max(0, last - 16) : max(0, last)]
                 rows = [x for row in asked for x in row]
                 close = [x for x in own if rows.count(x) >= 5]
@@ -323,7 +320,7 @@ def test_the_study_runs(monkeypatch, tmp_path):
     np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
     monkeypatch.setattr(
         sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
-                      "1", "--united", "8", "--before", "1", "--chunk", "32", "--out", str(file)],
+                      "1", "--united", "8", "--chunk", "32", "--out", str(file)],
     )  # fmt: skip
     try:
         command.main()

@@ -16,7 +16,7 @@ SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes a prog
 SHAPES = {  # C, R, T, H, K, E, dtype
     "tile": "64 64 131072 16 4 128 bfloat16",
     "tile_16": "64 16 131072 16 4 128 bfloat16",
-    "block": "64 1 16384 4 1 128 bfloat16",
+    "block": "64 1 32768 4 1 128 bfloat16",
     "token": "1 1 131072 16 4 128 bfloat16",
     "token_in_tile": "1 16 8192 16 4 128 bfloat16",
     "base": "64 64 131072 12 4 64 bfloat16",

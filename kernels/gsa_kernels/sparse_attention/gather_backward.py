@@ -1,10 +1,6 @@
 """Launches of the backward of chosen blocks by query gathering: sizes, buffers, grids."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +27,11 @@ def gathers(selection: Selection) -> bool:
     )
 
 
-def chunk_of(
-    queries: int, heads: int, kv_heads: int, width: int, slots: int, lanes: int = 1
-) -> int:
-    """Queries of a chunk: the parts of one key-value head in all lanes are bounded by q's memory,
-    so a block is chosen by about H C rows of the chunks; and offsets inside a chunk are of 32
-    bits."""
+def chunk_of(queries: int, heads: int, kv_heads: int, width: int, slots: int) -> int:
+    """Queries of a chunk: the parts of one key-value head are bounded by q's memory, so a block is
+    chosen by about H C rows of the chunks; and offsets inside a chunk are of 32 bits."""
     fitting = ((1 << 31) - 1) // (width * max(slots * heads // kv_heads, 2 * heads))
-    most = min(int(config.GATHERED_PARTS * queries * kv_heads) // (slots * lanes), fitting)
+    most = min(int(config.GATHERED_PARTS * queries * kv_heads) // slots, fitting)
     size = ceil_div(queries, ceil_div(queries, max(1, most)))
     return max(16, size // 16 * 16) if size < queries else queries
 
@@ -57,8 +50,7 @@ def add_chosen(
     docs: Tensor | None,
     scale: float,
 ) -> None:
-    """Add what the chosen blocks give to dq [B, T, H, E] and, where the launch says so, to dk, dv
-    [B, S, K, E] float32.
+    """Add what the chosen blocks give to dq [B, T, H, E] and to dk, dv [B, S, K, E] float32.
 
     dout: gradient of the ungated output; lse, delta [B, H, T] float32, of all keys. scale >= 0.
     All contiguous; docs int32.
@@ -67,53 +59,28 @@ def add_chosen(
     kv_heads, keys, slots = k.shape[2], k.shape[1], selection.blocks_BHQN.shape[3]
     group, spec = heads // kv_heads, selection.spec
     launch = config.gathered_gradient(group, spec.key_block, width, q.element_size(), q.device)
-    size = chunk_of(queries, heads, kv_heads, width, slots, launch.lanes)
+    size = chunk_of(queries, heads, kv_heads, width, slots)
     lists = gather_lists(selection, size, max(1, launch.longest // group))
-    shape = (launch.lanes, batch, size * slots, group, width)
-    parts = torch.empty(shape, device=q.device, dtype=q.dtype).unbind()
+    parts = torch.empty(batch, size * slots, group, width, device=q.device, dtype=q.dtype)
     # One load each, and what a query's heads need side by side.
     sums = torch.stack((lse * LOG2E, delta), -1).transpose(1, 2).contiguous()
     items, rows = lists.items.shape[2], max(power_of_2(group), config.SUMMED_ROWS)
     constants = dict(
         H=heads, K=kv_heads, HS=selection.blocks_BHQN.shape[1], E=width, BE=padded(width), N=slots
     )
-    with _lanes(q.device, launch.lanes) as lanes:
-        for i, (kv_head, chunk) in enumerate(product(range(kv_heads), range(lists.chunks))):
-            part = parts[i % launch.lanes]
-            with lanes[i % launch.lanes]:
-                run(
-                    parts_kernel, (items, batch),
-                    q, k, v, dout, sums, lists.items if docs is None else docs, dk, dv,
-                    lists.queries, lists.items, part,
-                    queries, keys, selection.q_start, lists.queries.shape[2], items,
-                    lists.chunks, chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
-                    **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
-                    TURNED=launch.turned, KEYS=launch.keys, STREAMED=launch.streamed,
-                    STAGES=launch.stages, num_warps=launch.warps, maxnreg=launch.registers,
-                )  # fmt: skip
-                here = min(size, queries - chunk * size)
-                run(
-                    sum_kernel, (ceil_div(here, rows // group), batch),
-                    lists.entries, part, dq, queries, lists.chunks, chunk, size, kv_head, scale,
-                    **constants, BN=power_of_2(slots), BM=rows, STREAMED=launch.streamed,
-                )  # fmt: skip
-
-
-@contextmanager
-def _lanes(device: torch.device, count: int) -> Iterator[list[Any]]:
-    """Contexts of streams that begin after what the current one was given, and for which it waits
-    in the end."""
-    if device.type != "cuda" or count == 1:
-        yield [nullcontext()] * count
-        return
-    current, streams = torch.cuda.current_stream(device), _streams(device, count)
-    for stream in streams:
-        stream.wait_stream(current)
-    yield [torch.cuda.stream(x) for x in streams]
-    for stream in streams:
-        current.wait_stream(stream)
-
-
-@cache
-def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
+    for kv_head, chunk in product(range(kv_heads), range(lists.chunks)):
+        run(
+            parts_kernel, (items, batch),
+            q, k, v, dout, sums, lists.items if docs is None else docs, dk, dv,
+            lists.queries, lists.items, parts,
+            queries, keys, selection.q_start, lists.queries.shape[2], items,
+            lists.chunks, chunk, size, kv_head, scale, max(scale, 1e-30) * LOG2E,
+            **constants, C=spec.key_block, BM=launch.rows, HAS_DOCS=docs is not None,
+            STAGES=launch.stages, num_warps=launch.warps,
+        )  # fmt: skip
+        here = min(size, queries - chunk * size)
+        run(
+            sum_kernel, (ceil_div(here, rows // group), batch),
+            lists.entries, parts, dq, queries, lists.chunks, chunk, size, kv_head, scale,
+            **constants, BN=power_of_2(slots), BM=rows,
+        )  # fmt: skip

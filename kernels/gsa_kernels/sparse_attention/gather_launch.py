@@ -23,8 +23,7 @@ def split_choices(
     if config.gather(group, spec.key_block, width, q.element_size()) is None:
         return None
     size = config.chunk_of_queries(queries, _part_bytes(q, group, slots))
-    least, before = config.GATHER_UNITED, config.GATHER_BEFORE
-    return split(selection, size, least, before, config.GATHER_LONGEST, need_mass)
+    return split(selection, size, config.GATHER_UNITED, config.GATHER_LONGEST, need_mass)
 
 
 def _part_bytes(q: Tensor, group: int, slots: int) -> int:

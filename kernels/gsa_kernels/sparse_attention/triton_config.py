@@ -138,27 +138,19 @@ OWNED_TOKENS = False
 
 
 # From so many queries on, those that choose their own blocks (R = 1) are gathered in the backward.
-GATHER_BACKWARD_FROM = 16384
+GATHER_BACKWARD_FROM = 32768
 GATHERED_PARTS = 1.0  # memory of the parts of dq that are held at a time, over that of q
-SUMMED_ROWS = 32  # of a program that adds them up
+SUMMED_ROWS = 16  # of a program that adds them up
 
 
 @dataclass(frozen=True)
 class GatherLaunch:
-    """rows, warps, stages: of a step; longest: rows of an item. turned: logits as [keys, rows];
-    keys: dk, dv too. registers: of a thread, None without a bound. streamed: parts leave the L2
-    before queries do. lanes: streams that take chunks in turn, each with parts of its own, so that
-    sums of one, bound by memory, run beneath the products of another."""
+    """rows, warps, stages: of a step; longest: rows of an item."""
 
     rows: int
     warps: int
     stages: int
     longest: int = 2048
-    turned: bool = True
-    keys: bool = True
-    registers: int | None = None
-    streamed: bool = False
-    lanes: int = 1
 
 
 def gathered_gradient(
@@ -169,8 +161,10 @@ def gathered_gradient(
     least = power_of_2(group)
     if itemsize > 2 or width > 128:
         return GatherLaunch(max(16, least), 8, 1)
-    stages = 5 if has_tma(device) else 3
-    return GatherLaunch(max(32, least), 4 if block <= 64 else 8, stages)
+    warps = 4 if block <= 64 else 8
+    if not has_tma(device):
+        return GatherLaunch(max(16, least), warps, 3)
+    return GatherLaunch(max(32, least), warps, 5)
 
 
 def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) -> Launch:
@@ -183,9 +177,8 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 
 
 # Queries that choose for themselves (R = 1), in calls of so many, have their far choices gathered.
-GATHER_FROM = 16384
-GATHER_UNITED = 8  # of 16 earlier queries that make a choice near; 17: none is
-GATHER_BEFORE = True  # these are the group before, else those up to the query itself
+GATHER_FROM = 32768
+GATHER_UNITED = 8  # of the 16 queries of the group before that make a choice near; 17: none is
 GATHER_LONGEST = 128  # queries of a key block that one program gathers
 GATHER_CHUNK = 16384  # most queries whose parts are held at once
 GATHER_BYTES = 1 << 29  # most bytes of parts: those of q at 131072 tokens of 16 heads of 128

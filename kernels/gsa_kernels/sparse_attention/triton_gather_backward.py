@@ -51,14 +51,9 @@ def parts_kernel(
     N: tl.constexpr,
     BM: tl.constexpr,
     HAS_DOCS: tl.constexpr,
-    TURNED: tl.constexpr,
-    KEYS: tl.constexpr,
-    STREAMED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per item. TURNED: logits as [keys, rows], else [rows, keys]. KEYS: dk, dv
-    too."""
-    POLICY: tl.constexpr = "evict_first" if STREAMED else ""
+    """One program per item."""
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G  # queries of a step
     b = tl.program_id(1).to(tl.int64)
@@ -105,49 +100,27 @@ def parts_kernel(
             lse = tl.where(there, lse, float("inf"))
             if HAS_DOCS:
                 outside = tl.load(docs_ptr + t)
-            if TURNED:
-                if HAS_DOCS:
-                    mask = mask_of(block * C + c[:, None] - outside[None, :])
-                    s = tl.dot(k, tl.trans(q), mask, input_precision="ieee")
-                else:
-                    s = tl.dot(k, tl.trans(q), input_precision="ieee")
-                p = probabilities(s, lse[None, :], 0.0, scale_log2, False)
-                if KEYS:
-                    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-                ds = (p * (dp - delta[None, :])).to(q.dtype)
-                if KEYS:
-                    dk = tl.dot(ds, q, dk, input_precision="ieee")
-                dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
+            # Logits as [keys, rows]: 64 keys fill the tensor cores whatever the rows.
+            if HAS_DOCS:
+                mask = mask_of(block * C + c[:, None] - outside[None, :])
+                s = tl.dot(k, tl.trans(q), mask, input_precision="ieee")
             else:
-                if HAS_DOCS:
-                    mask = mask_of(block * C + c[None, :] - outside[:, None])
-                    s = tl.dot(q, tl.trans(k), mask, input_precision="ieee")
-                else:
-                    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-                p = probabilities(s, lse[:, None], 0.0, scale_log2, False)
-                if KEYS:
-                    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
-                dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-                ds = (p * (dp - delta[:, None])).to(q.dtype)
-                if KEYS:
-                    dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
-                dq = tl.dot(ds, k, input_precision="ieee")
+                s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            p = probabilities(s, lse[None, :], 0.0, scale_log2, False)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision="ieee")
+            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
             ok = there[:, None]
             if BE != E:
                 ok = ok & (e < E)
             into = part_ptr + step * (EACH * G * E)
-            tl.store(
-                into + (m[:, None] * E + e),
-                dq.to(part_ptr.dtype.element_ty),
-                mask=ok,
-                eviction_policy=POLICY,
-            )
-        if KEYS:
-            ok = (c < C)[:, None] & (e < E)
-            dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
-            tl.atomic_add(dk_ptr + rows, dk * scale, mask=ok, sem="relaxed")
-            tl.atomic_add(dv_ptr + rows, dv, mask=ok, sem="relaxed")
+            tl.store(into + (m[:, None] * E + e), dq.to(part_ptr.dtype.element_ty), mask=ok)
+        ok = (c < C)[:, None] & (e < E)
+        dk_ptr, dv_ptr = dk_ptr + base, dv_ptr + base
+        tl.atomic_add(dk_ptr + rows, dk * scale, mask=ok, sem="relaxed")
+        tl.atomic_add(dv_ptr + rows, dv, mask=ok, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -169,7 +142,6 @@ def sum_kernel(
     N: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    STREAMED: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G
@@ -189,10 +161,7 @@ def sum_kernel(
     for i in tl.range(0, tl.max(count, 0), loop_unroll_factor=4):
         there = i < count
         row = tl.load(place_ptr + i, mask=there, other=0) * G + m % G
-        x = tl.load(
-            part_ptr + row[:, None] * E + e, mask=there[:, None] & wide, other=0.0,
-            eviction_policy="evict_first" if STREAMED else ""
-        )  # fmt: skip
+        x = tl.load(part_ptr + row[:, None] * E + e, mask=there[:, None] & wide, other=0.0)
         total += x.to(tl.float32)
     into = dq_ptr + (t * H + m % G)[:, None] * E + e
     before = tl.load(into, mask=wide, other=0.0).to(tl.float32)

@@ -279,14 +279,9 @@ def backward(
             blocks.shape if single else (batch, heads, queries, own),
             device=q.device, dtype=torch.float32,
         )  # fmt: skip
-    chosen, whole_selection = None, selection
+    chosen = None  # blocks that are left to the gathering
     if bias is None and not deterministic and gathers(selection):
         chosen, selection = selection, replace(selection, blocks_BHQN=blocks[..., :0])
-        gathered = config.gathered_gradient(
-            heads // kv_heads, c, width, q.element_size(), q.device
-        )
-        if gathered.keys:
-            whole_selection = selection
     pairs = 0 if bias is None or not single else _pairs(selection)
     for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts):
         slots = plan.lists.shape[3]
@@ -321,7 +316,7 @@ def backward(
         del plan, packed
     if owned and not starts:
         _block_gradients(
-            whole_selection, q, k, v, dout, lse, delta, dk, dv, bias, docs, scale, whole
+            selection, q, k, v, dout, lse, delta, dk, dv, bias, docs, scale, whole
         )  # fmt: skip
     if chosen is not None:
         add_chosen(q, k, v, dout, lse, delta, dq, dk, dv, chosen, docs, scale)

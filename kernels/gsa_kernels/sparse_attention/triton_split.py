@@ -1,10 +1,10 @@
 """Near and far choices of single queries (R = 1), and the far ones by key block.
 
-A choice is near where enough of UNITED earlier queries made it: such a block is worth fetching for
-a whole group, which the union tiles do. These queries are the group before, so that one answer
-holds for a group, or those up to the query itself; later ones are never asked, so what a row is
-computed from, and in which order, does not depend on them. Far choices are listed by key block,
-for programs that keep a block and gather its queries (see triton_gather.py).
+A choice is near where enough queries of the group before made it: such a block is worth fetching
+for a whole group, which the union tiles do. One answer holds for a group, and later queries are
+never asked, so what a row is computed from, and in which order, does not depend on them. Far
+choices are listed by key block, for programs that keep a block and gather its queries (see
+triton_gather.py).
 
 Queries go in chunks, each with lists of its own, all made in the same launches. Sizes are static
 and the host never waits. A far choice takes its place in its block's list by an atomic count: the
@@ -68,7 +68,6 @@ def split_kernel(
     least,
     N: tl.constexpr,
     UNITED: tl.constexpr,
-    BEFORE: tl.constexpr,  # ask the group before the query's own
     MOVED: tl.constexpr,
     STEPS: tl.constexpr,  # bits of N
     BT: tl.constexpr,
@@ -83,9 +82,7 @@ def split_kernel(
     block = tl.load(lists + at, mask=ok, other=-1)
     there = block >= 0
     chose = tl.zeros([BT, BN], tl.int32)
-    last = t
-    if BEFORE:
-        last = (t + q_start) // UNITED * UNITED - 1 - q_start
+    last = (t + q_start) // UNITED * UNITED - 1 - q_start  # of the group before
     for back in tl.range(0, UNITED, loop_unroll_factor=2):
         # The lists ascend: how many entries of the earlier one lie below the block.
         may = there & (last >= back)
@@ -175,13 +172,11 @@ def places_kernel(
     tl.store(place_ptr + first + place, (t - chunk * size) * N + n, mask=there)
 
 
-def split(
-    selection: Selection, size: int, least: int, before: bool, longest: int, moved: bool
-) -> Split:
+def split(selection: Selection, size: int, least: int, longest: int, moved: bool) -> Split:
     """The choices of a selection with R = 1 and slots, contiguous, in chunks of `size` queries.
 
-    least: of UNITED queries that make a choice near, those of the group before or (not before)
-    those up to its own. moved: whether to say where slots go.
+    least: of the UNITED queries of the group before that make a choice near. moved: whether to say
+    where slots go.
     """
     blocks = selection.blocks_BHQN
     batch, groups, queries, slots = blocks.shape
@@ -204,7 +199,7 @@ def split(
         split_kernel, grid,
         blocks, near, far, rank, near if where is None else where, taken, counts,
         queries, n_blocks, chunks, selection.q_start, size, least,
-        N=slots, UNITED=UNITED, BEFORE=before, MOVED=moved, STEPS=slots.bit_length(), BT=bt, BN=bn,
+        N=slots, UNITED=UNITED, MOVED=moved, STEPS=slots.bit_length(), BT=bt, BN=bn,
     )  # fmt: skip
     run(
         items_kernel, (batch * groups * chunks,),
