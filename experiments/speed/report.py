@@ -4,8 +4,7 @@ NAME.png, beside it.
 python experiments/speed/report.py [file.json ...]
 
 Several files of one kind (other inputs, other heads, same device) are drawn together, under the
-name of the first. Layers of a checkpoint appear as their mean. Reports of before score_ms was
-measured alone hold scoring and selection together in select_ms.
+name of the first. Layers of a checkpoint appear as their mean.
 """
 
 import json
@@ -49,6 +48,7 @@ COLUMNS = {
 }
 INDEXER_COLUMNS = {
     "seq_len": ("tokens", "{:,}"),
+    "batch": ("B", "{}"),
     "mode": ("mode", "{}"),
     "C": ("C", "{}"),
     "R": ("R", "{}"),
@@ -100,8 +100,6 @@ def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
         for n, c in columns.items()
         if any(row[n] or not UNMEASURED.fullmatch(n) for row in rows if n in row)
     }
-    if "select_ms" in columns and not any("score_ms" in row for row in rows):
-        columns["select_ms"] = ("scoring and selection, ms", "{:.2f}")
     lines = [
         f"{report['device']}, driver {report.get('driver', '-')}, torch {report['torch']}, triton "
         f"{report.get('triton', '-')}, commit {report['commit'][:12]}",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gsa_kernels.selection import Selection
-from gsa_kernels.sparse_attention import sparse_attention
+from gsa_kernels.sparse_attention import sparse_attention, triton_config
 
 from .case import Case, Shape
 from .dense import Attend, dense_times
@@ -24,6 +24,10 @@ from .timing import (
 )
 from .work import Rates, shares, work
 
+# What a record says of pairs computed and rows fetched, where neighbours unite their lists.
+OF_UNIONS = (
+    "flops_computed", "inflation", "bytes_gathered", "flops_computed_share", "gathered_share"
+)  # fmt: skip
 PASSES = ("forward", "forward_backward", "decode")
 
 
@@ -68,7 +72,19 @@ def layer_record(
     record["attend_extra_bytes"] = alone
     if gradients is not None:
         record["backward_extra_bytes"] = gradients
-    return record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
+    row = record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
+    if _gathers(shape):
+        for field in OF_UNIONS:
+            row.pop(field)
+    return row
+
+
+def _gathers(shape: Shape) -> bool:
+    """Whether far choices are gathered by key block, so that pairs and bytes are not those of
+    unions: how many they are only the device knows."""
+    c, r = shape.spec.key_block, shape.spec.query_tile
+    long = shape.seq_len >= triton_config.GATHER_FROM
+    return shape.device.type == "cuda" and shape.impl != "eager" and r == 1 and c >= 16 and long
 
 
 def _backward_bytes(case: Case, v: Tensor, selection: Selection, dout: Tensor) -> int:

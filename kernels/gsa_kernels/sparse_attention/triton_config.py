@@ -139,7 +139,7 @@ OWNED_TOKENS = False
 
 # From so many queries on, those that choose their own blocks (R = 1) are gathered in the backward.
 GATHER_BACKWARD_FROM = 32768
-GATHERED_PARTS = 1.0  # memory of the parts of dq that are held at a time, over that of q
+GATHERED_PARTS = 0.9  # memory of the parts of dq that are held at a time, over that of q
 SUMMED_ROWS = 16  # of a program that adds them up
 
 
