@@ -35,9 +35,8 @@ class LightningIndexer(BlockIndexer):
     inputs have unit variance and no sigmoid starts saturated. With qk_norm, RMSNorm without a gain
     before the rotary embedding, |q . k| scale <= sqrt(I) (scale=rsqrt) whatever is learnt: a step
     of the optimizer moves logits by its square times the width, and saturated sigmoids tie keys.
-    key_dtype=fp8 rounds the keys to a
-    byte a channel (gsa_kernels.index_score.fp8): training scores what decoding reads from its
-    cache. Raises ValueError for a setting that does not exist.
+    key_dtype=fp8 rounds the keys to a byte a channel (gsa_kernels.index_score.fp8): training
+    scores what decoding reads from its cache. Raises ValueError for a setting that does not exist.
     """
 
     def __init__(
