@@ -478,11 +478,13 @@ def dkv_kernel(
         segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS, not TMA)
         # Counted from the block's first key: offsets of 64 bits would spill.
         block = tl.load(segment)
-        if not TMA:
-            S += zero  # its upper half, too, would be kept
-        first = ((b.to(tl.int64) * S + block * C) * K + kv_head) * E
+        if TMA:
+            keys = S
+        else:
+            keys = S + zero  # its upper half, too, would be kept
+        first = ((b.to(tl.int64) * keys + block * C) * K + kv_head) * E
         c, e = tl.arange(0, C)[:, None], tl.arange(0, BE)[None, :]
-        at, ok = c * (K * E) + e, (c < S - block * C) & (e < E)
+        at, ok = c * (K * E) + e, (c < keys - block * C) & (e < E)
         dk_ptr, dv_ptr = dk_ptr + first, dv_ptr + first
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")
