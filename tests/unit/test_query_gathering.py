@@ -320,16 +320,20 @@ def test_the_study_runs(monkeypatch, tmp_path):
     np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
     monkeypatch.setattr(
         sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
-                      "1", "--united", "8", "--chunk", "32", "--out", str(file)],
+                      "1", "--head-dim", "32", "--key-block", "16", "--k", "128", "--united", "8",
+                      "--chunk", "32", "--out", str(file)],
     )  # fmt: skip
     try:
         command.main()
+        with pytest.raises(SystemExit, match=r"blocks? \d of 64 keys.*80 positions"):
+            command.selection_of(lists, SelectionSpec(64, 1), torch.device("cpu"))
     finally:
         sys.modules.pop("query_gathering")
     unions, found, again = json.loads(file.read_text())["records"]
     assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
     assert "error" not in found and found["united"] == 8 and found["split_ms"] > 0
-    assert max(found["difference"].values()) < 1e-5 and found["far_choices"] > 0
+    assert max(found["difference"].values()) < (1e-5 if DEVICE == "cpu" else 2e-2)
+    assert found["far_choices"] > 0
 
 
 @pytest.mark.gpu
