@@ -9,6 +9,7 @@ from gsa_kernels.sizes import ceil_div, padded
 
 from . import triton_config as config
 from .triton_gather import combine_kernel, gather_kernel
+from .triton_residual import lost_bits
 from .triton_split import Split, split
 
 
@@ -40,12 +41,14 @@ def add_far(
     near: Tensor,
     lse: Tensor,
     out: Tensor,
+    residual: Tensor | None,
     gate: Tensor | None,
     slot_lse: Tensor | None,
     scale_log2: float,
 ) -> None:
     """Turn what the union tiles gave of the near choices, near [B, T, H, E] and lse [B, H, T],
-    into the result: out, gated, and lse; near becomes the ungated output if it is not out itself.
+    into the result: out, gated, and lse; near becomes the ungated output if it is not out itself,
+    and its residual, which makes near more exact, that of the ungated output.
     The sums of the far choices go to slot_lse [B, H, T, N], after those of the near ones.
     """
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
@@ -74,9 +77,11 @@ def add_far(
             )  # fmt: skip
             run(
                 combine_kernel, (ceil_div(size, launch.combined // group), across),
-                parts, sums, near, out if gate is None else gate, out, lse,
+                parts, sums, near, out if gate is None else gate, out,
+                out if residual is None else residual, lse,
                 lse if slot_lse is None else slot_lse, nears, fars,
                 queries, chunk, size, first,
                 **constants, BM=launch.combined, BN=32, HAS_MASS=slot_lse is not None,
                 GATE=0 if gate is None else gate.shape[3], KEEP=near is not out,
+                LOST=0 if residual is None else lost_bits(q.dtype),
             )  # fmt: skip

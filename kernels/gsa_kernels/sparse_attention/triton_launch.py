@@ -17,6 +17,7 @@ from .gather_launch import add_far, split_choices
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
 from .triton_inverted import invert
+from .triton_residual import lost_bits
 from .triton_tiles import tile_table
 from .triton_token import invert_kernel, owned_kernel, pack_kernel, pair_sums_kernel
 from .triton_union import OWNED, UNITED, Unions, parts, unite
@@ -133,9 +134,10 @@ def forward(
     need_mass: bool,
     gate: Tensor | None = None,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
-    contiguous. keep: write the ungated output too, which the backward needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty, its
+    residual [B, T, H, E] int8 or empty); inputs contiguous. keep: write what the backward needs,
+    too: the ungated output, and what of 16-bit ones rounding has lost (triton_residual.py)."""
     if scale < 0:  # the kernel takes the largest product for the largest logit
         q, scale = -q, -scale
     batch, queries, heads, width = q.shape
@@ -149,6 +151,10 @@ def forward(
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
     slot_mass = need_mass and not single
+    # The tiles attend what is near, and the gate waits for the rest.
+    far = split_choices(q, k, selection, bias, need_mass)
+    lost = lost_bits(q.dtype) if keep or far is not None else 0
+    residual = torch.empty(q.shape if lost else (0,), device=q.device, dtype=torch.int8)
     keep = keep and gate is not None
     ungated = torch.empty_like(q) if keep else q.new_empty(0)
     slot_lse = lse
@@ -159,8 +165,6 @@ def forward(
         mass.zero_()  # the slots that are not used
     pairs = 0 if bias is None or not single else _pairs(selection)
     scale_log2 = max(scale, 1e-30) * LOG2E
-    # The tiles attend what is near, and the gate waits for the rest.
-    far = split_choices(q, k, selection, bias, need_mass)
     near, first, inner_gate = selection, out, gate
     if far is not None:
         near, first, inner_gate = far.near, ungated if keep else out, None
@@ -178,7 +182,8 @@ def forward(
         run(
             forward_kernel, (plan.tiles * per_tile, batch * kv_heads),
             q, k, v, *boxes(tma, launch.keys, k, v), first, lse, _or(inner_gate, out), ungated,
-            plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
+            residual, plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse),
+            slot_lse,
             _or(docs, plan.lists), _or(plan.sinks, plan.lists),
             queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
             _pairs(selection) if single else own,
@@ -188,7 +193,7 @@ def forward(
             HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None,
             HAS_BIAS=bias is not None,
             HAS_MASS=slot_mass, GATE=0 if inner_gate is None else inner_gate.shape[3],
-            KEEP=keep and far is None,
+            KEEP=keep and far is None, LOST=lost,
             TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -205,7 +210,8 @@ def forward(
         del plan, packed
     if far is not None:
         held = slot_lse if slot_mass else None
-        add_far(q, k, v, docs, far, first, lse, out, gate, held, scale_log2)
+        low = residual if lost else None
+        add_far(q, k, v, docs, far, first, lse, out, low, gate, held, scale_log2)
     if slot_mass and united:
         bn = min(32, power_of_2(own))
         run(
@@ -217,7 +223,7 @@ def forward(
         if far is not None:
             assert far.moved_BHTN is not None
             mass = mass.gather(3, far.moved_BHTN)
-    return out, lse, mass, ungated
+    return out, lse, mass, ungated, residual
 
 
 def backward(
@@ -234,15 +240,17 @@ def backward(
     scale: float,
     deterministic: bool,
     gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dbias, dgate) in the dtypes of q, k, v, bias and gate; inputs contiguous.
 
-    out is the ungated output, dout the gradient of the gated one.
+    out and residual are the ungated output, dout the gradient of the gated one.
     """
     if scale < 0:  # masks are -inf, to be multiplied by a positive number
         dq, *others = backward(
-            -q, k, v, out, lse, dout, dlse, selection, bias, docs, -scale, deterministic, gate
-        )
+            -q, k, v, out, lse, dout, dlse, selection, bias, docs, -scale, deterministic, gate,
+            residual,
+        )  # fmt: skip
         return -dq, *others  # type: ignore[return-value]
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
@@ -262,9 +270,10 @@ def backward(
     bt = 64 if gate is None else min(64, 4096 // be)
     run(
         delta_kernel, (ceil_div(queries, bt), batch * heads),
-        out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
-        HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
-        E=width, BE=be, BT=bt,
+        out, _or(residual, out), dout, _or(dlse, lse), _or(gate, dout), delta, inner,
+        _or(dgate, dout), queries, heads,
+        HAS_DLSE=dlse is not None, LOST=0 if residual is None else lost_bits(out.dtype),
+        GATE=0 if gate is None else gate.shape[3], E=width, BE=be, BT=bt,
     )  # fmt: skip
     dout = inner
     whole = owned and (deterministic or single)  # one program adds up all of a block
