@@ -1,6 +1,7 @@
 """Running metrics of training and evaluation; all are torchmetrics and reduce over ranks."""
 
 from gsa_platform.metrics.gates import GateMean
+from gsa_platform.metrics.layer_mean import LayerMean
 from gsa_platform.metrics.nll import PositionNLL, TokenNLL
 from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
 from gsa_platform.metrics.selection import SelectedKeys, SelectionRecall
@@ -14,6 +15,7 @@ from gsa_platform.metrics.throughput import Throughput, model_flops_utilisation
 __all__ = [
     "FirstTokenAttention",
     "GateMean",
+    "LayerMean",
     "PositionNLL",
     "SelectedKeys",
     "SelectionRecall",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gsa_platform.metrics.base import SumMetric, ratio
+from gsa_platform.metrics.base import SumMetric, largest, ratio
 
 EARLY_ROWS = 64
 
@@ -80,12 +80,11 @@ class FirstTokenAttention(SumMetric):
         means = shares.nanmean(0)
         even = ratio(self.uniform.sum(0), self.counts.sum(0))
         layers = shares[:, 0]
-        fed = torch.where(layers.isnan(), -torch.inf, layers).amax()
         result = {
             "layers": layers,
             "tail_layers": shares[:, 2],
             "mean": means[0],
-            "max": torch.where(fed.isinf(), torch.nan, fed),
+            "max": largest(layers),
             "early": means[1],
             "tail": means[2],
             "uniform": even[0],

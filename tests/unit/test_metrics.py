@@ -7,6 +7,7 @@ from torch import nn
 from gsa_platform.metrics import (
     FirstTokenAttention,
     GateMean,
+    LayerMean,
     PositionNLL,
     SelectedKeys,
     SelectionRecall,
@@ -147,6 +148,19 @@ def test_selection_recall():
     assert result["recall_layers"].tolist() == [0.75, 0.25]
     assert float(result["overlap"]) == 0.75
     assert result["overlap_layers"].tolist() == [0.5, 1.0]
+
+
+def test_layer_mean():
+    metric = LayerMean(n_layers=3)
+    metric.update(torch.zeros(0), layer=1)
+    assert all(math.isnan(float(value)) for value in metric.compute().values())
+    metric.update(torch.tensor(-0.5), layer=0)
+    other = LayerMean(n_layers=3)  # of another rank
+    other.update(torch.tensor([-0.25, -0.75]), layer=2)
+    other.update(torch.tensor(-0.1), layer=0)
+    metric.merge_state(other)
+    result = {name: float(value) for name, value in metric.compute().items()}
+    assert result == pytest.approx({"mean": -1.6 / 4, "max": -0.3})
 
 
 def test_gate_mean():
