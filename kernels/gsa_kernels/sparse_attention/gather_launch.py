@@ -19,7 +19,8 @@ def split_choices(
     if bias is not None or config.gather(q, k, selection) is None:
         return None
     queries, group, slots = q.shape[1], q.shape[2] // k.shape[2], selection.blocks_BHQN.shape[3]
-    size = config.chunk_of_queries(queries, _part_bytes(q, group, slots))
+    fitting = config.GATHER_BYTES // _part_bytes(q, group, slots)
+    size = config.chunk_of_queries(queries, min(config.GATHER_CHUNK, fitting))
     return split(selection, size, config.GATHER_UNITED, config.GATHER_LONGEST, need_mass)
 
 

@@ -217,10 +217,9 @@ def gather(q: Tensor, k: Tensor, selection: Selection) -> Gather | None:
     return Gather(rows, 8 if big else 4, 3 if small else 2, 168 if small else None, combined)
 
 
-def chunk_of_queries(queries: int, each: int) -> int:
-    """Queries of a chunk, for parts of `each` bytes a query and key-value head: equal chunks."""
-    most = min(GATHER_CHUNK, max(16, GATHER_BYTES // each))
-    return ceil_div(queries, ceil_div(queries, most))
+def chunk_of_queries(queries: int, most: int) -> int:
+    """Queries of a chunk, of as few equal chunks as hold at most so many each."""
+    return ceil_div(queries, ceil_div(queries, max(1, most)))
 
 
 def lines_of_parts(lines: int, each: int) -> int:
