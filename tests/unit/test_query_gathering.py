@@ -195,6 +195,7 @@ def test_near_and_far_are_the_choice():
     found = gather_launch.split(replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, 9, True)
     near, moved = found.near.blocks_BHQN.tolist(), found.moved_BHTN.tolist()
     places, items = found.places_BHL.tolist(), found.items_BHQM3.tolist()
+    entries = found.entries_BHTN.tolist()
     used, counts = found.used_BHQ.tolist(), found.counts_2BHT.tolist()
     seen = [0, 0]
     for b in range(2):
@@ -203,9 +204,10 @@ def test_near_and_far_are_the_choice():
             for chunk in range(4):
                 for block, first, last in items[b][h][chunk][: used[b][h][chunk]]:
                     assert 0 < last - first <= 9
-                    for place in places[b][h][chunk * 160 :][first:last]:
+                    for at in range(first, last):
+                        place = places[b][h][chunk * 160 + at]
                         key = chunk * 40 + place // 4, place % 4
-                        assert key not in far
+                        assert key not in far and entries[b][h][key[0]][key[1]] == at
                         far[key] = block
             lists = [[x for x in row if x >= 0] for row in blocks[b, h].tolist()]
             for t, own in enumerate(lists):
@@ -217,6 +219,7 @@ def test_near_and_far_are_the_choice():
                 assert near[b][h][t] == close + [-1] * (4 - len(close))
                 assert [far.pop((t, i)) for i in range(len(distant))] == distant
                 assert [c[b][h][t] for c in counts] == [len(close), len(distant)]
+                assert set(entries[b][h][t][len(distant) :]) <= {-1}
                 assert [(close + distant)[i] for i in moved[b][h][t][: len(own)]] == own
                 seen[0], seen[1] = seen[0] + len(close), seen[1] + len(distant)
             assert not far
