@@ -8,17 +8,6 @@ from gsa_platform.metrics.base import SumMetric, largest, ratio
 EARLY_ROWS = 64
 
 
-def uniform_first_token(length: int) -> float:
-    """Mean share of position 0 over rows 1..T-1 that attend evenly: (H_T - 1) / (T - 1)."""
-    return sum(1.0 / (i + 1) for i in range(1, length)) / (length - 1)
-
-
-def uniform_first_token_tail(length: int) -> float:
-    """The same over the rows i >= T/2 only."""
-    start = (length + 1) // 2
-    return sum(1.0 / (i + 1) for i in range(start, length)) / (length - start)
-
-
 class FirstTokenAttention(SumMetric):
     """F-Attn (Qiu et al. 2025, arXiv 2505.06708): attention share of the first token.
 

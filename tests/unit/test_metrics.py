@@ -11,13 +11,10 @@ from gsa_platform.metrics import (
     PositionNLL,
     SelectedKeys,
     SelectionRecall,
-    Throughput,
     TokenNLL,
     measured_matmul_flops,
     model_flops_utilisation,
     peak_flops,
-    uniform_first_token,
-    uniform_first_token_tail,
 )
 
 
@@ -83,21 +80,9 @@ def test_position_nll_empty_bucket_is_nan():
     assert torch.isnan(metric.compute()).tolist() == [True, True, False]
 
 
-def test_throughput_and_mfu():
-    metric = Throughput()
-    metric.update(1000, 2.0)
-    metric.update(torch.tensor(3000), 2.0)
-    assert float(metric.compute()) == 1000.0
-    assert metric.mfu(6e9, 12e12, devices=2) == pytest.approx(0.25)
-    assert metric.mfu(6e9, None) is None
-    assert model_flops_utilisation(1.0, 5.0, 10.0) == 0.5
-
-
-def test_throughput_forward_sums_time():
-    metric = Throughput()
-    metric(100, 1.0)
-    metric(100, 3.0)
-    assert float(metric.compute()) == 50.0
+def test_model_flops_utilisation():
+    assert model_flops_utilisation(1000.0, 6e9, 12e12, devices=2) == pytest.approx(0.25)
+    assert model_flops_utilisation(1.0, 5.0, None) is None
 
 
 @pytest.mark.parametrize(
@@ -182,6 +167,17 @@ def test_a_gate_that_averages_zero_is_not_closed():
     result = metric.compute()
     assert float(result["value_mean"]) == pytest.approx(0.55 / 3)
     assert float(result["value_small"]) == pytest.approx(1 / 3)
+
+
+def uniform_first_token(length: int) -> float:
+    """Mean share of position 0 over rows 1..T-1 that attend evenly: (H_T - 1) / (T - 1)."""
+    return sum(1.0 / (i + 1) for i in range(1, length)) / (length - 1)
+
+
+def uniform_first_token_tail(length: int) -> float:
+    """The same over the rows i >= T/2 only."""
+    start = (length + 1) // 2
+    return sum(1.0 / (i + 1) for i in range(start, length)) / (length - start)
 
 
 def test_uniform_references_match_the_published_values():

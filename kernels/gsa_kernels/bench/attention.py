@@ -29,7 +29,6 @@ from .work import Rates, shares, work
 OF_UNIONS = (
     "flops_computed", "inflation", "bytes_gathered", "flops_computed_share", "gathered_share"
 )  # fmt: skip
-PASSES = ("forward", "forward_backward", "decode")
 
 
 def layer_record(
