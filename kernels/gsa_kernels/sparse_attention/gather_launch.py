@@ -17,13 +17,11 @@ def split_choices(
     q: Tensor, k: Tensor, selection: Selection, bias: Tensor | None, need_mass: bool
 ) -> Split | None:
     """Near and far choices, where gathering the far ones is worth while and possible."""
-    spec, (queries, heads, width), kv_heads = selection.spec, q.shape[1:], k.shape[2]
-    slots, group = selection.blocks_BHQN.shape[3], heads // kv_heads
-    if spec.query_tile > 1 or bias is not None or not slots or queries < config.GATHER_FROM:
+    if bias is not None or config.gather(q, k, selection) is None:
         return None
-    if config.gather(group, spec.key_block, width, q.element_size()) is None:
-        return None
-    size = config.chunk_of_queries(queries, _part_bytes(q, group, slots))
+    queries, group, slots = q.shape[1], q.shape[2] // k.shape[2], selection.blocks_BHQN.shape[3]
+    fitting = config.GATHER_BYTES // _part_bytes(q, group, slots)
+    size = config.chunk_of_queries(queries, min(config.GATHER_CHUNK, fitting))
     return split(selection, size, config.GATHER_UNITED, config.GATHER_LONGEST, need_mass)
 
 
@@ -55,7 +53,7 @@ def add_far(
     groups, chunks, most = found.items_BHQM3.shape[1:4]
     group, slots = heads // kv_heads, found.near.blocks_BHQN.shape[3]
     size, c = found.size, found.near.spec.key_block
-    launch = config.gather(group, c, width, q.element_size())
+    launch = config.gather(q, k, found.near)
     assert launch is not None
     lines = config.lines_of_parts(batch * kv_heads, size * _part_bytes(q, group, slots))
     parts = torch.empty(lines, size, slots, group, width, device=q.device, dtype=q.dtype)

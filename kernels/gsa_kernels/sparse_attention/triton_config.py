@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, power_of_2
 
 
@@ -196,11 +198,17 @@ class Gather:
     combined: int
 
 
-def gather(group: int, block: int, width: int, itemsize: int) -> Gather | None:
-    """group: G; block: C; None where a block or the heads of a group do not fit a program."""
+def gather(q: Tensor, k: Tensor, selection: Selection) -> Gather | None:
+    """How the far choices of q [B, T, H, E] are gathered, keys k [B, S, K, E]; None where the
+    union tiles take all choices: where calls are short or tiles choose, and where a block or the
+    heads of a group do not fit a program."""
+    spec, slots = selection.spec, selection.blocks_BHQN.shape[3]
+    if spec.query_tile > 1 or not slots or q.shape[1] < GATHER_FROM:
+        return None
+    group, block, itemsize = q.shape[2] // k.shape[2], spec.key_block, q.element_size()
     big = itemsize > 2
     rows = 32 if big else 64
-    held = 2 * block * max(16, power_of_2(width)) * itemsize
+    held = 2 * block * max(16, power_of_2(q.shape[3])) * itemsize
     if block not in (16, 32, 64, 128) or held > 1 << 16 or group > rows:
         return None
     # 168 registers let three programs onto a multiprocessor.
@@ -209,10 +217,9 @@ def gather(group: int, block: int, width: int, itemsize: int) -> Gather | None:
     return Gather(rows, 8 if big else 4, 3 if small else 2, 168 if small else None, combined)
 
 
-def chunk_of_queries(queries: int, each: int) -> int:
-    """Queries of a chunk, for parts of `each` bytes a query and key-value head: equal chunks."""
-    most = min(GATHER_CHUNK, max(16, GATHER_BYTES // each))
-    return ceil_div(queries, ceil_div(queries, most))
+def chunk_of_queries(queries: int, most: int) -> int:
+    """Queries of a chunk, of as few equal chunks as hold at most so many each."""
+    return ceil_div(queries, ceil_div(queries, max(1, most)))
 
 
 def lines_of_parts(lines: int, each: int) -> int:

@@ -30,7 +30,7 @@ class _Plan:
     """What the kernels walk: lists of query tiles, and their constants.
 
     With R = 1 the tiles hold UNITED queries, and the bits of their union say which of them chose
-    a block. `single`: the blocks are keys; the sinks are in the lists then.
+    a block. Where the blocks are single keys, the sinks are in the lists.
     """
 
     lists: Tensor  # [B, Hs, tiles, N] int32
@@ -49,10 +49,6 @@ class _Plan:
     @property
     def bits(self) -> Tensor | None:
         return None if self.union is None else self.union.bits_BHUN
-
-    @property
-    def single(self) -> bool:
-        return self.union is not None and self.constants["C"] == 1
 
     @property
     def sink_stride(self) -> int:
