@@ -4,9 +4,9 @@
 
 `block` on the lists of a trained model (lists.py), or on smooth queries without, by query
 gathering and by union tiles; `token` on random unions `--unions` times as large as a query's own
-keys (see token_attention.py). `--passes backward` also counts the backward. ncu replays every kernel some
-times; clocks are left alone. Shares are of what the GPU sustains at most, means over a kernel's
-time. `--dry` runs each once without ncu, small where there is no GPU.
+keys (see token_attention.py). `--passes backward` also counts the backward. ncu replays every
+kernel some times; clocks are left alone. Shares are of what the GPU sustains at most, means over a
+kernel's time. `--dry` runs each once without ncu, small where there is no GPU.
 """
 
 from __future__ import annotations
