@@ -228,9 +228,31 @@ def lines_of_parts(lines: int, each: int) -> int:
     return max(1, min(lines, GATHER_BYTES // each))
 
 
-def pair_sums(width: int, itemsize: int) -> Launch:
-    """rows: the 16 queries of a group, one head at a time."""
-    return Launch(16, 32 if itemsize > 2 or width > 128 else 64, 8, 1)
+@dataclass(frozen=True)
+class PairSums:
+    """heads of a unit, which share a key-value head; units of a launch; keys, warps and stages of
+    a step."""
+
+    each: int
+    units: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def pair_sums(shared: int, group: int, width: int, itemsize: int, gradient: bool) -> PairSums:
+    """shared: heads that share a selection; group: G. The queries of a launch stay in shared
+    memory, and with the gradient those of dO."""
+    row = 16 * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
+    each = group
+    while each > 1 and power_of_2(each) * row > 1 << 15:
+        each = each // 2 if each % 2 == 0 else 1
+    units = min(4, shared // each, max(1, (1 << 16) // (power_of_2(each) * row)))
+    while shared // each % units:
+        units -= 1
+    big = itemsize > 2 or width > 128
+    keys = 32 if big or gradient else 64
+    return PairSums(each, units, keys, 4 if each <= 4 and not big else 8, 1 if big else 3)
 
 
 def decode(rows: int, width: int, itemsize: int) -> Launch:

@@ -431,19 +431,22 @@ def _pair_sums(
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
-    launch = config.pair_sums(width, q.element_size())
-    run(
-        pair_sums_kernel, (plan.tiles, batch * groups),
-        q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
-        _or(packed, lse), _or(plan.docs, plan.lists),
-        queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
-        selection.q_start, plan.first_tile, 1.0 if gradient else groups / heads,
-        max(scale, 1e-30) * LOG2E,
-        H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
-        **_token_constants(plan, selection),
-        BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,
-        num_warps=launch.warps,
-    )  # fmt: skip
+    shared, group = heads // groups, heads // plan.constants["K"]
+    launch = config.pair_sums(shared, group, width, q.element_size(), gradient)
+    for unit in range(0, shared // launch.each, launch.units):
+        run(
+            pair_sums_kernel, (plan.tiles, batch * groups),
+            q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
+            _or(packed, lse), _or(plan.docs, plan.lists),
+            queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
+            selection.q_start, plan.first_tile, unit, 1.0 if gradient else groups / heads,
+            max(scale, 1e-30) * LOG2E,
+            H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
+            **_token_constants(plan, selection),
+            UNITS=launch.units, EACH=launch.each, BM=16 * power_of_2(launch.each), BN=launch.keys,
+            HAS_BIAS=packed is not None, GRADIENT=gradient, ADD=unit > 0, STAGES=launch.stages,
+            num_warps=launch.warps,
+        )  # fmt: skip
 
 
 def _owned_keys(
