@@ -138,7 +138,7 @@ def test_sums_over_heads_in_several_launches(shared, documents, monkeypatch):
     """Of the mass and of the bias's gradient: parts of the heads, of one key-value head's too."""
     from gsa_kernels.sparse_attention import triton_config
 
-    two = triton_config.PairSums(each=2, units=1, keys=16, warps=4, stages=1)
+    two = triton_config.PairSums(each=2, units=1, keys=16, stages=1)
     monkeypatch.setattr(triton_config, "pair_sums", lambda *_: two)
     selection = make_selection(37, (1, 1), heads=1 if shared else 2, documents=documents)
     check(selection, inputs(selection, 8, 2))
@@ -152,7 +152,8 @@ def test_queries_whose_sums_are_taken_together_fit_shared_memory(heads, itemsize
 
     shared, group = heads
     for width in (24, 128, 256):
-        found = triton_config.pair_sums(shared, group, width, itemsize, gradient)
+        device = torch.device("cpu")
+        found = triton_config.pair_sums(shared, group, width, itemsize, gradient, device)
         assert group % found.each == 0 and shared // found.each % found.units == 0
         rows = 16 * (1 << (found.each - 1).bit_length()) * found.units
         size = rows * (1 << (width - 1).bit_length()) * itemsize * (1 + gradient)

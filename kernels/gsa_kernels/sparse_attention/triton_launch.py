@@ -432,7 +432,7 @@ def _pair_sums(
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
     shared, group = heads // groups, heads // plan.constants["K"]
-    launch = config.pair_sums(shared, group, width, q.element_size(), gradient)
+    launch = config.pair_sums(shared, group, width, q.element_size(), gradient, q.device)
     for unit in range(0, shared // launch.each, launch.units):
         run(
             pair_sums_kernel, (plan.tiles, batch * groups),
@@ -445,7 +445,7 @@ def _pair_sums(
             **_token_constants(plan, selection),
             UNITS=launch.units, EACH=launch.each, BM=16 * power_of_2(launch.each), BN=launch.keys,
             HAS_BIAS=packed is not None, GRADIENT=gradient, ADD=unit > 0, STAGES=launch.stages,
-            num_warps=launch.warps,
+            num_warps=8,
         )  # fmt: skip
 
 
