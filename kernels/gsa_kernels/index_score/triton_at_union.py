@@ -1,0 +1,112 @@
+"""Gradient of listed scores where each query lists single keys of its own (C = R = 1).
+
+Neighbouring queries list many of the same keys. A program takes the 16 queries of a group and
+walks the union of their lists, so the gradient of a key is added to memory once per group, not
+once per query. What bounds this kernel is that addition.
+
+Legend: see triton_at.py; U slots of a union; row m = head m // 16 of query m % 16.
+"""
+
+import triton
+import triton.language as tl
+
+from gsa_kernels.sparse_attention.triton_token import own_places
+
+
+@triton.jit
+def exact_product(x, y, total, SPLIT: tl.constexpr):
+    """total + x y of about float32's precision: x float32, y of 16 bits. SPLIT: y is bfloat16,
+    which has the range of x."""
+    if SPLIT:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, y, tl.dot(high, y, total))
+    return tl.dot(x, y.to(tl.float32), total, input_precision="tf32x3")
+
+
+@triton.jit
+def union_gradient_kernel(
+    q_ptr,  # [B, T, J, D]
+    k_ptr,  # [B, M, D]
+    w_ptr,  # [B, T, J]
+    bias_ptr,  # [J]
+    dscore_ptr,  # [B, HS, T, N] float32
+    dq_ptr,  # [B, T, J, D]
+    dk_ptr,  # [B, M, D] float32, zero
+    dw_ptr,  # [B, T, J]
+    dbias_ptr,  # [B, T, J] float32
+    list_ptr,  # [B, HS, groups, U] int32
+    bits_ptr,
+    count_ptr,  # [B, HS, groups] int32
+    T,
+    M,
+    N,
+    U,
+    shift,  # row t of group 0's first query
+    scale,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    HS: tl.constexpr,
+    BI: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    JH: tl.constexpr = J // HS
+    group, line = tl.program_id(0), tl.program_id(1)
+    b, hs = line // HS, line % HS
+    flat = line.to(tl.int64) * tl.num_programs(0) + group
+    e, m = tl.arange(0, BI), tl.arange(0, 16 * JH)
+    t = shift + group * 16 + m % 16
+    ok = (t >= 0) & (t < T)
+    head = hs * JH + m // 16
+    at = (b.to(tl.int64) * T + t) * J + head
+    row_ok = ok[:, None] & (e < D)
+    q = tl.load(q_ptr + at[:, None] * D + e, mask=row_ok, other=0.0)
+    weight = tl.load(w_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    bias = tl.zeros([16 * JH], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + head).to(tl.float32)
+    query = tl.arange(0, 16)
+    own_t = shift + group * 16 + query
+    own_ok = (own_t >= 0) & (own_t < T)
+    dscore_base = (line.to(tl.int64) * T + own_t) * N
+    own = tl.zeros([16], tl.int32)
+    dq = tl.zeros([16 * JH, BI], tl.float32)
+    dw = tl.zeros([16 * JH], tl.float32)
+    dlogit = tl.zeros([16 * JH], tl.float32)
+    count = tl.load(count_ptr + flat)
+    for first in tl.range(0, count, BN, num_stages=STAGES):
+        n = first + tl.arange(0, BN)
+        key = tl.load(list_ptr + flat * U + n, mask=n < count, other=0)
+        bits = tl.load(bits_ptr + flat * U + n, mask=n < count, other=0)
+        at_key = (b.to(tl.int64) * M + key)[:, None] * D + e
+        k_ok = (n < count)[:, None] & (e < D)
+        k = tl.load(k_ptr + at_key, mask=k_ok, other=0.0)
+        chosen = (bits[None, :] >> query[:, None]) & 1
+        place, own = own_places(own, chosen)
+        there = (chosen == 1) & own_ok[:, None]
+        d = tl.load(dscore_ptr + dscore_base[:, None] + place, mask=there, other=0.0)
+        d = tl.reshape(tl.broadcast_to(d[None], [JH, 16, BN]), [16 * JH, BN])
+        s = tl.dot(q, tl.trans(k)) * scale + bias[:, None]
+        if SIGMOID:
+            act = 1.0 / (1.0 + tl.exp2(s * -1.4426950408889634))
+            slope = act * (1.0 - act)
+        else:
+            # Of a NaN the maximum would be 0.
+            act = tl.where(s < 0, 0.0, s)
+            slope = tl.where(s > 0, 1.0, 0.0)
+        dw += tl.sum(act * d, 1)
+        ds = slope * d
+        if HAS_BIAS:
+            dlogit += tl.sum(ds, 1)
+        ds *= (weight * scale)[:, None]
+        dq = exact_product(ds, k, dq, SPLIT)
+        dk = exact_product(tl.trans(ds), q, tl.zeros([BN, BI], tl.float32), SPLIT)
+        tl.atomic_add(dk_ptr + at_key, dk, mask=k_ok, sem="relaxed")
+    tl.store(dq_ptr + at[:, None] * D + e, dq.to(dq_ptr.dtype.element_ty), mask=row_ok)
+    tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=ok)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + at, dlogit * weight, mask=ok)
