@@ -6,27 +6,38 @@ from torch import Tensor
 from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sizes import padded
+from gsa_kernels.sparse_attention import triton_config
 from gsa_kernels.sparse_attention.triton_union import UNITED, parts, unite
 
 from .triton_at_union import union_gradient_kernel
 
 FEWEST = 4096  # queries of all sequences and selection heads, 16 a program
+STAGES = 3
 
 
 def united(
     q: Tensor, keys: Tensor, blocks: Tensor, tiles: Tensor | None, r: int, start: int
 ) -> bool:
     """Whether `union_gradients` takes these arguments of `at_launch.gradients`."""
-    rows = q.shape[2] // blocks.shape[1]
+    heads = q.shape[2] // blocks.shape[1]
+    widest = 128 if q.dtype == torch.bfloat16 else 64  # wider ones spill
     return (
         start >= 0
         and tiles is None
         and r == 1
         and q.dtype == keys.dtype
         and q.element_size() == 2
-        and rows in (1, 2, 4)
+        and heads in (1, 2, 4)
+        and q.shape[3] <= widest
         and blocks[..., 0].numel() >= FEWEST
     )
+
+
+def _registers(q: Tensor) -> int | None:
+    """Most per thread: of small products four programs fit onto a multiprocessor, or three."""
+    if q.dtype != torch.bfloat16 or q.shape[3] > 64:
+        return None
+    return 128 if triton_config.has_tma(q.device) else 168
 
 
 def union_gradients(
@@ -59,8 +70,8 @@ def union_gradients(
             unions.lists_BHUN, unions.bits_BHUN, unions.counts_BHU,
             queries, keys.shape[1], slots, unions.lists_BHUN.shape[3],
             part[0] * UNITED - start % UNITED, scale,
-            J=heads, D=width, HS=groups, BI=padded(width), BN=64 if width <= 64 else 32,
-            HAS_BIAS=bias is not None, SIGMOID=sigmoid, SPLIT=q.dtype == torch.bfloat16,
-            STAGES=2, num_warps=4,
+            J=heads, D=width, HS=groups, BI=padded(width),
+            HAS_BIAS=bias is not None, SIGMOID=sigmoid,
+            STAGES=STAGES, num_warps=4, maxnreg=_registers(q),
         )  # fmt: skip
     return dq, dk.to(keys.dtype), dw, None if bias is None else dbias.sum(0).to(bias.dtype)

@@ -10,18 +10,48 @@ Legend: see triton_at.py; U slots of a union; row m = head m // 16 of query m % 
 import triton
 import triton.language as tl
 
-from gsa_kernels.sparse_attention.triton_token import own_places
+from gsa_kernels.sparse_attention.triton_union import ones
+
+from .triton_scores import ASSEMBLY, reciprocal
 
 
 @triton.jit
-def exact_product(x, y, total, SPLIT: tl.constexpr):
-    """total + x y of about float32's precision: x float32, y of 16 bits. SPLIT: y is bfloat16,
-    which has the range of x."""
-    if SPLIT:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, y, tl.dot(high, y, total))
-    return tl.dot(x, y.to(tl.float32), total, input_precision="tf32x3")
+def products(x, y, z, xy):
+    """(xy + x y, x^T z) of about float32's precision: x float32, y and z of 16 bits.
+
+    x is multiplied in two parts, of bfloat16, which has its range, or TF32, which holds float16.
+    """
+    BRAIN: tl.constexpr = y.dtype == tl.bfloat16
+    PART: tl.constexpr = tl.bfloat16 if BRAIN else tl.float32
+    y, z = y.to(PART), tl.trans(z.to(PART))
+    # Cut off, not rounded: a conversion to and fro takes several slow instructions.
+    cut = (x.to(tl.int32, bitcast=True) & (-65536 if BRAIN else -8192)).to(
+        tl.float32, bitcast=True
+    )
+    high, low = cut.to(PART), (x - cut).to(PART)
+    xy = tl.dot(low, y, tl.dot(high, y, xy, input_precision="tf32"), input_precision="tf32")
+    none = tl.zeros([z.shape[0], x.shape[1]], tl.float32)
+    zx = tl.dot(z, low, tl.dot(z, high, none, input_precision="tf32"), input_precision="tf32")
+    return xy, tl.trans(zx)
+
+
+@triton.jit
+def power(x):
+    """2^x; 0 below 2^-126."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def set_bits(x):
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return ones(x) + ones(x >> 16)
 
 
 @triton.jit
@@ -48,10 +78,8 @@ def union_gradient_kernel(
     D: tl.constexpr,
     HS: tl.constexpr,
     BI: tl.constexpr,
-    BN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SIGMOID: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     JH: tl.constexpr = J // HS
@@ -69,31 +97,41 @@ def union_gradient_kernel(
     bias = tl.zeros([16 * JH], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + head).to(tl.float32)
+    # Of sigmoids the powers of 2 are taken.
+    slope_of_s = scale
+    if SIGMOID:
+        slope_of_s *= -1.4426950408889634
+        bias *= -1.4426950408889634
     query = tl.arange(0, 16)
     own_t = shift + group * 16 + query
     own_ok = (own_t >= 0) & (own_t < T)
     dscore_base = (line.to(tl.int64) * T + own_t) * N
-    own = tl.zeros([16], tl.int32)
+    own = tl.zeros([16], tl.int32)  # places of a query's list that lie behind
+    lane = tl.arange(0, 32)
     dq = tl.zeros([16 * JH, BI], tl.float32)
     dw = tl.zeros([16 * JH], tl.float32)
     dlogit = tl.zeros([16 * JH], tl.float32)
+    k_base, dk_base = k_ptr + b.to(tl.int64) * M * D, dk_ptr + b.to(tl.int64) * M * D
     count = tl.load(count_ptr + flat)
-    for first in tl.range(0, count, BN, num_stages=STAGES):
-        n = first + tl.arange(0, BN)
+    for first in tl.range(0, count, 32, num_stages=STAGES):
+        n = first + lane
         key = tl.load(list_ptr + flat * U + n, mask=n < count, other=0)
         bits = tl.load(bits_ptr + flat * U + n, mask=n < count, other=0)
-        at_key = (b.to(tl.int64) * M + key)[:, None] * D + e
+        at_key = key[:, None] * D + e
         k_ok = (n < count)[:, None] & (e < D)
-        k = tl.load(k_ptr + at_key, mask=k_ok, other=0.0)
+        k = tl.load(k_base + at_key, mask=k_ok, other=0.0)
         chosen = (bits[None, :] >> query[:, None]) & 1
-        place, own = own_places(own, chosen)
+        # One reduction, not a scan and a sum.
+        word = tl.sum(chosen << lane[None, :], 1)
+        place = own[:, None] + set_bits(word[:, None] & ((1 << lane) - 1)[None, :])
+        own += set_bits(word)
         there = (chosen == 1) & own_ok[:, None]
         d = tl.load(dscore_ptr + dscore_base[:, None] + place, mask=there, other=0.0)
-        d = tl.reshape(tl.broadcast_to(d[None], [JH, 16, BN]), [16 * JH, BN])
-        s = tl.dot(q, tl.trans(k)) * scale + bias[:, None]
+        d = tl.reshape(tl.broadcast_to(d[None], [JH, 16, 32]), [16 * JH, 32])
+        s = tl.dot(q, tl.trans(k)) * slope_of_s + bias[:, None]
         if SIGMOID:
-            act = 1.0 / (1.0 + tl.exp2(s * -1.4426950408889634))
-            slope = act * (1.0 - act)
+            act = reciprocal(1.0 + power(s))
+            slope = act - act * act
         else:
             # Of a NaN the maximum would be 0.
             act = tl.where(s < 0, 0.0, s)
@@ -103,9 +141,8 @@ def union_gradient_kernel(
         if HAS_BIAS:
             dlogit += tl.sum(ds, 1)
         ds *= (weight * scale)[:, None]
-        dq = exact_product(ds, k, dq, SPLIT)
-        dk = exact_product(tl.trans(ds), q, tl.zeros([BN, BI], tl.float32), SPLIT)
-        tl.atomic_add(dk_ptr + at_key, dk, mask=k_ok, sem="relaxed")
+        dq, dk = products(ds, k, q, dq)
+        tl.atomic_add(dk_base + at_key, dk, mask=k_ok, sem="relaxed")
     tl.store(dq_ptr + at[:, None] * D + e, dq.to(dq_ptr.dtype.element_ty), mask=row_ok)
     tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=ok)
     if HAS_BIAS:
