@@ -18,10 +18,14 @@ HEADS, WIDTH, TILES = 4, 64, 8
 
 
 def launches_of(
-    c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype, of_keys: torch.dtype
-) -> list[Any]:
+    capability: int, c: int, r: int, t: int, h: int, k: int, e: int, dtype: torch.dtype,
+    of_keys: torch.dtype
+) -> list[Any]:  # fmt: skip
     from gsa_kernels.index_score import at_launch
     from gsa_kernels.indexer_loss import triton_launch
+    from gsa_kernels.sparse_attention import triton_config
+
+    triton_config.has_tma = lambda device: capability >= 90
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -30,6 +34,7 @@ def launches_of(
     q, keys = meta(1, t, HEADS, WIDTH), meta(1, t // c, WIDTH, dtype=of_keys)
     if c > 1:
         keys = keys.float()  # means
+    single = c == r == 1
     weight, bias = meta(1, t, HEADS), meta(HEADS, dtype=torch.float32)
 
     def objective() -> None:
@@ -44,7 +49,7 @@ def launches_of(
             scores = at_launch.scores(*args)
             mass = torch.empty_like(scores)
             _, grad = triton_launch.kl_rows(scores, mass, True, 1e-6)
-            at_launch.gradients(grad, *args)
+            at_launch.gradients(grad, *args, 0 if single and numbers is None else -1)
 
     return record(objective)
 
@@ -53,7 +58,7 @@ def main() -> None:
     capability = int(sys.argv[1].removeprefix("sm_"))
     sizes = [int(x) for x in sys.argv[2:8]]
     dtypes = [getattr(torch, name) for name in sys.argv[8].split("+")]
-    report(launches_of(*sizes, dtypes[0], dtypes[-1]), capability)
+    report(launches_of(capability, *sizes, dtypes[0], dtypes[-1]), capability)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import Tensor
 from gsa_kernels.launch import run
 from gsa_kernels.sizes import ceil_div, power_of_2
 
+from .at_union_launch import union_gradients, united
 from .fp8 import product_dtype
 from .triton_at import gradient_kernel, scores_kernel
 from .triton_launch import readable
@@ -79,8 +80,11 @@ def gradients(
     r: int,
     scale: float,
     sigmoid: bool,
+    start: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dkeys, dweight, dbias) in the dtypes of the inputs, which are contiguous."""
+    if united(q, keys, blocks, tiles, r, start):
+        return union_gradients(dscore, q, keys, weight, bias, blocks, start, scale, sigmoid)
     batch, groups, rows, slots = blocks.shape
     dtype, keys = keys.dtype, readable(keys, q.dtype)
     sizes = _sizes(q, keys, blocks, r, sigmoid, 32)

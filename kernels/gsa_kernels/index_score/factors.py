@@ -208,6 +208,7 @@ class IndexFactors(BlockScores):
             spec.query_tile,
             self.scale,
             self.activation == "sigmoid",
+            self.q_start if single else -1,
         )
 
     def at(self, selection: Selection) -> Tensor:
