@@ -4,9 +4,10 @@
 
 `block` on the lists of a trained model (lists.py), or on smooth queries without, by query
 gathering and by union tiles; `token` on random unions `--unions` times as large as a query's own
-keys (see token_attention.py). `--passes backward` also counts the backward. ncu replays every
-kernel some times; clocks are left alone. Shares are of what the GPU sustains at most, means over a
-kernel's time. `--dry` runs each once without ncu, small where there is no GPU.
+keys (see token_attention.py). `--passes backward` also counts the backward. ncu replays a kernel
+some times, so only the first launches of each grid are counted; clocks are left alone. Shares are
+of what the GPU sustains at most, means over a kernel's time. `--dry` runs each once without ncu,
+small where there is no GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from gsa_kernels.selection import SelectionSpec
 from gsa_kernels.sparse_attention import sparse_attention, triton_config
 
 DESIGNS = ("gathering", "unions", "token")
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")
-# Sums over the launches of a kernel: field, counter, unit.
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis")
+# Sums over the launches counted of a kernel: field, counter, unit.
 SUMS = (
     ("ms", "gpu__time_duration.sum", 1e-6),
     ("dram_read_gb", "dram__bytes_read.sum", 1e-9),
@@ -148,6 +149,7 @@ def counted(args: argparse.Namespace, design: str, what: str) -> list[dict[str, 
         raise SystemExit("ncu is not on the PATH: it comes with the CUDA toolkit")
     command = [program, "--csv", "--page", "raw", "--print-units", "base"]
     command += ["--profile-from-start", "off", "--clock-control", "none"]
+    command += ["--filter-mode", "per-launch-config", "--launch-count", str(args.most)]
     for section in SECTIONS:
         command += ["--section", section]
     command += ["--metrics", ",".join(counter for _, counter, _ in SUMS)]
@@ -168,6 +170,7 @@ def main() -> None:
     p.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward"])
     p.add_argument("--seq-len", type=int, default=131072 if cuda else 128)
     p.add_argument("--lists", type=Path)
+    p.add_argument("--most", type=int, default=2, help="launches counted of each kernel and grid")
     p.add_argument("--unions", type=float, default=4)
     p.add_argument("--dry", action="store_true")
     p.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
