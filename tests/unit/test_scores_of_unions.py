@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import captured_in_a_graph, make_factors
+from kernel_cases import captured_in_a_graph, make_factors, make_selection
 from test_triton_indexer_loss import DEVICE, check, moved, on
 
 from gsa_kernels import dispatch
@@ -184,6 +184,10 @@ def test_others_keep_the_kernel_of_single_lists(ran, monkeypatch):
     check_scores(factors_of(selection, index_heads=8), selection, torch.float16)
     monkeypatch.setattr(union_launch, "FEWEST", 81)
     check_scores(factors_of(selection), selection, torch.float16)
+    monkeypatch.setattr(union_launch, "FEWEST", 1)
+    for granularity in ((1, 16), (4, 1)):
+        selection = make_selection(63, granularity)
+        check_scores(make_factors(63), selection, torch.float16)
     assert not ran
 
 
