@@ -134,8 +134,7 @@ def gradients_of(selection, bias, start):
     low = moved(factors_of(selection), torch.float16, DEVICE)
     blocks = selection.blocks_BHQN.to(DEVICE)
     g = torch.Generator().manual_seed(1)
-    # As small as those of a mean over many queries.
-    dscore = 1e-7 * torch.randn(blocks.shape, generator=g).to(DEVICE)
+    dscore = 1e-2 * torch.randn(blocks.shape, generator=g).to(DEVICE)
     parts = [x.detach().contiguous() for x in (low.q_BTJI, low.k_BSI, low.weight_BTJ)]
     return at_launch.gradients(
         dscore, *parts, low.bias_J.detach() if bias else None, blocks, None, 1, 0.3, True, start
