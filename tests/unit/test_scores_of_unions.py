@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import captured_in_a_graph, make_factors
+from kernel_cases import captured_in_a_graph, make_factors, make_selection
 from test_triton_indexer_loss import DEVICE, check, moved, on
 
 from gsa_kernels import dispatch
@@ -134,8 +134,7 @@ def gradients_of(selection, bias, start):
     low = moved(factors_of(selection), torch.float16, DEVICE)
     blocks = selection.blocks_BHQN.to(DEVICE)
     g = torch.Generator().manual_seed(1)
-    # As small as those of a mean over many queries.
-    dscore = 1e-7 * torch.randn(blocks.shape, generator=g).to(DEVICE)
+    dscore = 1e-2 * torch.randn(blocks.shape, generator=g).to(DEVICE)
     parts = [x.detach().contiguous() for x in (low.q_BTJI, low.k_BSI, low.weight_BTJ)]
     return at_launch.gradients(
         dscore, *parts, low.bias_J.detach() if bias else None, blocks, None, 1, 0.3, True, start
@@ -184,6 +183,10 @@ def test_others_keep_the_kernel_of_single_lists(ran, monkeypatch):
     check_scores(factors_of(selection, index_heads=8), selection, torch.float16)
     monkeypatch.setattr(union_launch, "FEWEST", 81)
     check_scores(factors_of(selection), selection, torch.float16)
+    monkeypatch.setattr(union_launch, "FEWEST", 1)
+    for granularity in ((1, 16), (4, 1)):
+        selection = make_selection(63, granularity)
+        check_scores(make_factors(63), selection, torch.float16)
     assert not ran
 
 
