@@ -276,12 +276,12 @@ def dq_kernel(
 
 
 @triton.jit
-def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.constexpr,
-                BE: tl.constexpr):  # fmt: skip
-    """[BM, BE] rows of q and dO."""
+def gather_rows(q_ptr, do_ptr, b, row, T, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """[BM, BE] rows t H + head of q and dO of a sequence, zero where there is no such t."""
     e = tl.arange(0, BE)
-    ok = row_ok[:, None] & (e < E)
-    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+    ok = (row.to(tl.uint32, bitcast=True) < T * H)[:, None] & (e < E)
+    base, at = b.to(tl.int64) * T * H * E, row.to(tl.int64)[:, None] * E + e
+    q_ptr, do_ptr = q_ptr + base, do_ptr + base
     return tl.load(q_ptr + at, mask=ok, other=0.0), tl.load(do_ptr + at, mask=ok, other=0.0)
 
 
@@ -312,29 +312,27 @@ def dkv_rows(
     LOCAL: the queries attend the block through their window, up to the diagonal.
     """
     m = tl.arange(0, BM)
+    first, head, g = 0, kv_head * G, m % G
     if R == 1:  # tile: BM numbers; a row that is nobody's has a negative one
-        head = kv_head * G + m % G
-        at_row = tile
+        n = tile - q_start
     elif R % BM == 0:
-        position = tile * R + step // G * BM
-        head = kv_head * G + step % G
-        at_row = position + m
+        first, head = tile * R + step // G * BM - q_start, head + step % G
+        n, g = m, 0
+    elif BM % G == 0:
+        n = tile * R + step * (BM // G) - q_start + m // G
     else:
-        head = kv_head * G + (step * BM + m) % G
-        at_row = tile * R + (step * BM + m) // G
-    t = at_row - q_start
+        n, g = tile * R - q_start + (step * BM + m) // G, (step * BM + m) % G
+    t = first + n
+    at_row = q_start + t
     row_ok = (t >= 0) & (t < T)
     if TMA:
-        q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
-        do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+        q = q_desc.load([b, first, head * E]).reshape([BM, BE])
+        do = do_desc.load([b, first, head * E]).reshape([BM, BE])
     else:
-        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
-    if R % BM == 0 and R > 1:
-        # A pointer and offsets of 32 bits: registers are few.
-        first = (b.to(tl.int64) * H + head) * T + (position - q_start)
-        lse_ptr, delta_ptr, line = lse_ptr + first, delta_ptr + first, m
-    else:
-        line = (b.to(tl.int64) * H + head) * T + t
+        q, do = gather_rows(q_ptr, do_ptr, b, t * H + (head + g), T, H, E, BE)
+    # A pointer and offsets of 32 bits: registers are few.
+    start = (b.to(tl.int64) * H + head) * T + first
+    lse_ptr, delta_ptr, line = lse_ptr + start, delta_ptr + start, g * T + n
     lse = tl.load(lse_ptr + line, mask=row_ok, other=0.0) * 1.4426950408889634
     if LOCAL or HAS_DOCS:
         outside = tl.zeros([1, 1], tl.int32)
