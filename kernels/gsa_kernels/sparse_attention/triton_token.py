@@ -276,6 +276,9 @@ def owned_kernel(
             chosen = chosen & (key[:, None] >= begin[None, :])
         p = tl.where(chosen, p, 0.0)
         dk, dv = add_rows(dk, dv, p, q, do, v, delta_ptr, line_of, row_ok, True)
+    # Anew, see dkv_kernel.
+    y = tl.program_id(1) + (tl.load(entries_ptr + owner) >> 31)
+    b, kv_head = y // K, y % K
     low = tl.maximum(block * OWNED, q_start)
     high = tl.minimum((block + 1) * OWNED + WINDOW - 1, q_start + T)
     for first in tl.range(low, high, EACH, num_stages=1):
