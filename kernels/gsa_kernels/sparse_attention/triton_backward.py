@@ -277,7 +277,7 @@ def dq_kernel(
 
 @triton.jit
 def gather_rows(q_ptr, do_ptr, b, row, T, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
-    """[BM, BE] rows t H + head of q and dO of a sequence, zero where there is no such t."""
+    """[BM, BE] rows t H + head (of 32 bits) of q and dO of a sequence, zero where no such t is."""
     e = tl.arange(0, BE)
     ok = (row.to(tl.uint32, bitcast=True) < T * H)[:, None] & (e < E)
     base, at = b.to(tl.int64) * T * H * E, row.to(tl.int64)[:, None] * E + e
