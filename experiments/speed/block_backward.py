@@ -111,7 +111,7 @@ class Backward:
         blocks = selection.blocks_BHQN.contiguous()
         self.selection = selection = replace(selection, blocks_BHQN=blocks)
         self.scale = case.q.shape[-1] ** -0.5
-        self.out, self.lse, _, _ = triton_launch.forward(
+        self.out, self.lse, *_ = triton_launch.forward(
             self.q, self.k, self.v, selection, None, None, self.scale, False
         )
         self.dout = torch.randn_like(self.q)

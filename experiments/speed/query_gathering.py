@@ -69,6 +69,12 @@ def record(
 
 def selection_of(file: Path, spec: SelectionSpec, device: torch.device) -> Selection:
     blocks = torch.from_numpy(np.load(file)["blocks"].astype(np.int32)).to(device)
+    last, c = int(blocks.max()), spec.key_block
+    if (last + 1) * c > len(blocks):  # kernels trust their lists
+        raise SystemExit(
+            f"{file}: block {last} of {c} keys, in a text of {len(blocks)} positions: give the "
+            "--key-block that the lists were made with"
+        )
     return Selection(spec, blocks[None, None].contiguous(), len(blocks), len(blocks))
 
 

@@ -349,7 +349,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h100.json"]
+    paths = [Path(text) for text in sys.argv[1:]] or [HERE / "h200.json"]
     report, name = merged(paths), paths[0].with_suffix("")
     indexer = any("topk_ms" in row for row in report["records"])
     if indexer:
@@ -359,7 +359,9 @@ def main() -> None:
     masses = [r for r in report["records"] if r["pass"] == "hierarchical" and "mass" in r]
     learns = any(r["pass"] == "objective" for r in report["records"])
     drawing = plot_coarse if masses and not learns else plot_indexer if indexer else plot
-    drawing(report, name.with_suffix(".png"))
+    # Speed against length is no curve at one length.
+    if drawing is not plot or len({r["seq_len"] for r in report["records"]}) > 1:
+        drawing(report, name.with_suffix(".png"))
     print(text)
 
 

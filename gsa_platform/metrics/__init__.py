@@ -1,27 +1,25 @@
 """Running metrics of training and evaluation; all are torchmetrics and reduce over ranks."""
 
 from gsa_platform.metrics.gates import GateMean
+from gsa_platform.metrics.layer_mean import LayerMean
 from gsa_platform.metrics.nll import PositionNLL, TokenNLL
-from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
-from gsa_platform.metrics.selection import SelectedKeys, SelectionRecall
-from gsa_platform.metrics.sink import (
-    FirstTokenAttention,
-    uniform_first_token,
-    uniform_first_token_tail,
+from gsa_platform.metrics.peak import (
+    measured_matmul_flops,
+    model_flops_utilisation,
+    peak_flops,
 )
-from gsa_platform.metrics.throughput import Throughput, model_flops_utilisation
+from gsa_platform.metrics.selection import SelectedKeys, SelectionRecall
+from gsa_platform.metrics.sink import FirstTokenAttention
 
 __all__ = [
     "FirstTokenAttention",
     "GateMean",
+    "LayerMean",
     "PositionNLL",
     "SelectedKeys",
     "SelectionRecall",
-    "Throughput",
     "TokenNLL",
     "measured_matmul_flops",
     "model_flops_utilisation",
     "peak_flops",
-    "uniform_first_token",
-    "uniform_first_token_tail",
 ]

@@ -33,3 +33,8 @@ class SumMetric(Metric):
 def ratio(total: Tensor, count: Tensor) -> Tensor:
     """total / count in float64; NaN where nothing was counted."""
     return total.double() / count.double()
+
+
+def largest(layers: Tensor) -> Tensor:
+    """Largest of the numbers that are not NaN; NaN if all are."""
+    return torch.where(layers.isnan().all(), torch.nan, layers.nan_to_num(-torch.inf).amax())

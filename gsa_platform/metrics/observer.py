@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gsa_platform.metrics.gates import GateMean
+from gsa_platform.metrics.layer_mean import LayerMean
 from gsa_platform.metrics.selection import SelectedKeys, SelectionRecall
 from gsa_platform.metrics.sink import FirstTokenAttention
 from gsa_platform.model.attention_layer import LayerReport
@@ -26,7 +27,7 @@ class AttentionObserver(nn.Module):
         self.recall = SelectionRecall(n_layers)
         self.best = SelectionRecall(n_layers)
         self.covered = SelectionRecall(n_layers)
-        self.saturated = SelectionRecall(n_layers)
+        self.saturated = LayerMean(n_layers)
 
     def update(self, reports: list[LayerReport], position_in_document_BT: Tensor) -> None:
         """position_in_document_BT: how many tokens of its document precede each query."""
@@ -38,7 +39,7 @@ class AttentionObserver(nn.Module):
                 report.gate_values.get("value"), report.gate_values.get("output"), layer
             )
             if report.saturated is not None:
-                self.saturated.update(report.saturated, 1, layer=layer)
+                self.saturated.update(report.saturated, layer)
             p = report.probe
             if not p:
                 continue
@@ -63,10 +64,9 @@ class AttentionObserver(nn.Module):
             out |= {"recall": recall["recall"], "recall_overlap": recall["overlap"]}
             out["recall_best"] = self.best.compute()["recall"]
             out["mass_covered"] = self.covered.compute()["recall"]
-        if self.saturated.total.sum() > 0:
+        if self.saturated.update_called:
             shares = self.saturated.compute()
-            out["index_saturated"] = shares["recall"]
-            out["index_saturated_max"] = shares["recall_layers"].nan_to_num(0).max()
+            out |= {"index_saturated": shares["mean"], "index_saturated_max": shares["max"]}
         for name, value in self.gates.compute().items():
             if not name.endswith("_layers"):
                 out[f"gate_{name}"] = value

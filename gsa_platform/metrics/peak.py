@@ -1,4 +1,4 @@
-"""Peak matrix-multiply rates, the denominator of model FLOPs utilisation (MFU)."""
+"""Peak matrix-multiply rates, and model FLOPs utilisation (MFU), the share of them in use."""
 
 import re
 import time
@@ -37,6 +37,18 @@ DENSE_BF16_FLOPS: dict[str, float] = {
     "RTX A6000": 154.8e12,
     "MI300X": 1307e12,
 }
+
+
+def model_flops_utilisation(
+    tokens_per_s: float, flops_per_token: float, peak_flops: float | None, devices: int = 1
+) -> float | None:
+    """MFU in [0, 1]: useful FLOP/s over peak FLOP/s of all devices; None if the peak is unknown.
+
+    flops_per_token: training FLOPs (forward and backward) without recomputation.
+    """
+    if peak_flops is None:
+        return None
+    return tokens_per_s * flops_per_token / (peak_flops * devices)
 
 
 def peak_flops(device_name: str) -> float | None:

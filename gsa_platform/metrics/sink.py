@@ -3,20 +3,9 @@
 import torch
 from torch import Tensor
 
-from gsa_platform.metrics.base import SumMetric, ratio
+from gsa_platform.metrics.base import SumMetric, largest, ratio
 
 EARLY_ROWS = 64
-
-
-def uniform_first_token(length: int) -> float:
-    """Mean share of position 0 over rows 1..T-1 that attend evenly: (H_T - 1) / (T - 1)."""
-    return sum(1.0 / (i + 1) for i in range(1, length)) / (length - 1)
-
-
-def uniform_first_token_tail(length: int) -> float:
-    """The same over the rows i >= T/2 only."""
-    start = (length + 1) // 2
-    return sum(1.0 / (i + 1) for i in range(start, length)) / (length - start)
 
 
 class FirstTokenAttention(SumMetric):
@@ -80,12 +69,11 @@ class FirstTokenAttention(SumMetric):
         means = shares.nanmean(0)
         even = ratio(self.uniform.sum(0), self.counts.sum(0))
         layers = shares[:, 0]
-        fed = torch.where(layers.isnan(), -torch.inf, layers).amax()
         result = {
             "layers": layers,
             "tail_layers": shares[:, 2],
             "mean": means[0],
-            "max": torch.where(fed.isinf(), torch.nan, fed),
+            "max": largest(layers),
             "early": means[1],
             "tail": means[2],
             "uniform": even[0],

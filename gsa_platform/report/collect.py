@@ -15,8 +15,7 @@ from gsa_platform.check import training_flops_per_token
 from gsa_platform.components import SLOTS
 from gsa_platform.data.datamodule import TextDataModule
 from gsa_platform.diagnostics.device import device_name
-from gsa_platform.metrics.peak import measured_matmul_flops, peak_flops
-from gsa_platform.metrics.throughput import model_flops_utilisation
+from gsa_platform.metrics.peak import measured_matmul_flops, model_flops_utilisation, peak_flops
 from gsa_platform.module import LanguageModel
 from gsa_platform.report.section import FinishedRun, sections
 
@@ -93,7 +92,7 @@ def collect_result(
     if "loss" in last:
         summary["bits_per_byte"] = last["loss"] / math.log(2) / data.bytes_per_token
     if cost and step_s:
-        summary["dense_step_s"] = dense_step_seconds(cfg, module, step_s, cost, world)
+        summary["dense_step_s"] = dense_step_seconds(cfg, module, step_s, cost)
     if cfg.tracking.name == "mlflow":
         uri = shlex.quote(cfg.tracking.uri)
         summary["mlflow_command"] = f"mlflow ui --backend-store-uri {uri}"
@@ -120,7 +119,7 @@ def parameters(module: LanguageModel) -> int:
 
 
 def dense_step_seconds(
-    cfg: DictConfig, module: LanguageModel, step_s: float, cost: dict[str, Any], world: int
+    cfg: DictConfig, module: LanguageModel, step_s: float, cost: dict[str, Any]
 ) -> float | None:
     """The measured step with each sparse layer's attention exchanged for the dense one's time."""
     sparse = sum(block.attention.indexer is not None for block in module.model.blocks)

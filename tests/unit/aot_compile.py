@@ -29,6 +29,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -113,11 +114,14 @@ def launches_of(
     q = torch.empty(1, t, h, e, dtype=dtype, device="meta")
     kv = torch.empty(1, t, k, e, dtype=dtype, device="meta")
     lse = torch.empty(1, h, t, device="meta")
+    residual = torch.empty(q.shape, dtype=torch.int8, device="meta")
 
     def calls() -> None:
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, False)
         triton_launch.forward(q, kv, kv, selection, None, None, 0.1, True, q, True)
-        triton_launch.backward(q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False, q)
+        triton_launch.backward(
+            q, kv, kv, q, lse, q, None, selection, None, None, 0.1, False, q, residual
+        )
         triton_decode.decode(q[:, :1], kv, kv, selection.rows(t - 1, t), None, None, None, 0.1)
         if c == r == 1:
             bias = torch.zeros(blocks.shape, device="meta")

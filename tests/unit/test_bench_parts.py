@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from kernel_cases import granularity_id, make_factors, make_selection
 
 from gsa_kernels.bench import dense
+from gsa_kernels.bench.attention import OF_UNIONS, layer_record
 from gsa_kernels.bench.case import Shape, make_case
 from gsa_kernels.bench.indexer import hierarchical_records, masses, topk_blocks
 from gsa_kernels.bench.timing import graph_milliseconds, turns_milliseconds
@@ -131,6 +132,31 @@ def test_the_dense_opponents_are_dense_attention(queries, monkeypatch):
     assert len(seen) == (5 if queries == 1 else 3)
     for out in seen[:-1]:
         torch.testing.assert_close(out.reshape(2, 4, queries, 16).transpose(1, 2), seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "unions"),
+    [(60, {}, False), (61, {}, True), (60, {"impl": "eager"}, True),
+     (60, {"spec": Spec(8, 1, window=20)}, True),
+     (0, {"spec": Spec(64, 1, window=20), "head_dim": 256, "seq_len": 90, "k": 160}, True)],
+    ids=["gathered", "short", "eager", "small_blocks", "large_blocks"],
+)  # fmt: skip
+@pytest.mark.kernel
+def test_a_record_tells_of_unions_where_they_are(first, change, unions, monkeypatch):
+    from gsa_kernels.sparse_attention import gather_launch, triton_config
+
+    made = []
+    split = gather_launch.split
+    monkeypatch.setattr(gather_launch, "split", lambda *args: made.append(1) or split(*args))
+    monkeypatch.setattr(triton_config, "GATHER_FROM", first)
+    shape = replace(
+        SHAPE, spec=Spec(16, 1, window=20), mode="block", seq_len=60, batch=1, impl="triton",
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )  # fmt: skip
+    shape = replace(shape, **change)
+    row = layer_record(shape, make_case(shape), "forward", ["math"], Rates(1e9, 1e9), None, 0.0)
+    assert bool(made) is not unions
+    assert {name in row for name in OF_UNIONS} == {unions} and row["flops"] > 0
 
 
 @pytest.mark.kernel

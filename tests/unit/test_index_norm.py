@@ -89,7 +89,7 @@ def test_the_observer_gives_the_mean_and_the_worst_layer():
     assert found["index_saturated"] == pytest.approx(0.4)
     assert found["index_saturated_max"] == pytest.approx(0.6)
     observer.reset()
-    assert not observer.saturated.total.any()
+    assert not observer.saturated.count.any()
 
 
 def test_only_probed_passes_look():

@@ -7,16 +7,14 @@ from torch import nn
 from gsa_platform.metrics import (
     FirstTokenAttention,
     GateMean,
+    LayerMean,
     PositionNLL,
     SelectedKeys,
     SelectionRecall,
-    Throughput,
     TokenNLL,
     measured_matmul_flops,
     model_flops_utilisation,
     peak_flops,
-    uniform_first_token,
-    uniform_first_token_tail,
 )
 
 
@@ -82,21 +80,9 @@ def test_position_nll_empty_bucket_is_nan():
     assert torch.isnan(metric.compute()).tolist() == [True, True, False]
 
 
-def test_throughput_and_mfu():
-    metric = Throughput()
-    metric.update(1000, 2.0)
-    metric.update(torch.tensor(3000), 2.0)
-    assert float(metric.compute()) == 1000.0
-    assert metric.mfu(6e9, 12e12, devices=2) == pytest.approx(0.25)
-    assert metric.mfu(6e9, None) is None
-    assert model_flops_utilisation(1.0, 5.0, 10.0) == 0.5
-
-
-def test_throughput_forward_sums_time():
-    metric = Throughput()
-    metric(100, 1.0)
-    metric(100, 3.0)
-    assert float(metric.compute()) == 50.0
+def test_model_flops_utilisation():
+    assert model_flops_utilisation(1000.0, 6e9, 12e12, devices=2) == pytest.approx(0.25)
+    assert model_flops_utilisation(1.0, 5.0, None) is None
 
 
 @pytest.mark.parametrize(
@@ -149,6 +135,19 @@ def test_selection_recall():
     assert result["overlap_layers"].tolist() == [0.5, 1.0]
 
 
+def test_layer_mean():
+    metric = LayerMean(n_layers=3)
+    metric.update(torch.zeros(0), layer=1)
+    assert all(math.isnan(float(value)) for value in metric.compute().values())
+    metric.update(torch.tensor(-0.5), layer=0)
+    other = LayerMean(n_layers=3)  # of another rank
+    other.update(torch.tensor([-0.25, -0.75]), layer=2)
+    other.update(torch.tensor(-0.1), layer=0)
+    metric.merge_state(other)
+    result = {name: float(value) for name, value in metric.compute().items()}
+    assert result == pytest.approx({"mean": -1.6 / 4, "max": -0.3})
+
+
 def test_gate_mean():
     metric = GateMean(n_layers=2)
     metric.update(value=torch.tensor([0.05, 0.15]), layer=0)
@@ -168,6 +167,17 @@ def test_a_gate_that_averages_zero_is_not_closed():
     result = metric.compute()
     assert float(result["value_mean"]) == pytest.approx(0.55 / 3)
     assert float(result["value_small"]) == pytest.approx(1 / 3)
+
+
+def uniform_first_token(length: int) -> float:
+    """Mean share of position 0 over rows 1..T-1 that attend evenly: (H_T - 1) / (T - 1)."""
+    return sum(1.0 / (i + 1) for i in range(1, length)) / (length - 1)
+
+
+def uniform_first_token_tail(length: int) -> float:
+    """The same over the rows i >= T/2 only."""
+    start = (length + 1) // 2
+    return sum(1.0 / (i + 1) for i in range(start, length)) / (length - start)
 
 
 def test_uniform_references_match_the_published_values():

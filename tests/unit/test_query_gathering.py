@@ -125,7 +125,7 @@ def test_half_precision(gathers, c, documents, dtype):
 
 @pytest.mark.parametrize(
     "sizes",
-    [dict(chunk=1, longest=1), dict(chunk=70, longest=5, bytes=1),
+    [dict(chunk=1, longest=1), dict(chunk=70, longest=5, bytes=9000),
      dict(chunk=1000, longest=1000, united=1), dict(chunk=32, united=16)],
     ids=["single_queries", "little_memory", "one_chunk", "full_groups"],
 )  # fmt: skip
@@ -195,6 +195,7 @@ def test_near_and_far_are_the_choice():
     found = gather_launch.split(replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, 9, True)
     near, moved = found.near.blocks_BHQN.tolist(), found.moved_BHTN.tolist()
     places, items = found.places_BHL.tolist(), found.items_BHQM3.tolist()
+    entries = found.entries_BHTN.tolist()
     used, counts = found.used_BHQ.tolist(), found.counts_2BHT.tolist()
     seen = [0, 0]
     for b in range(2):
@@ -203,9 +204,10 @@ def test_near_and_far_are_the_choice():
             for chunk in range(4):
                 for block, first, last in items[b][h][chunk][: used[b][h][chunk]]:
                     assert 0 < last - first <= 9
-                    for place in places[b][h][chunk * 160 :][first:last]:
+                    for at in range(first, last):
+                        place = places[b][h][chunk * 160 + at]
                         key = chunk * 40 + place // 4, place % 4
-                        assert key not in far
+                        assert key not in far and entries[b][h][key[0]][key[1]] == at
                         far[key] = block
             lists = [[x for x in row if x >= 0] for row in blocks[b, h].tolist()]
             for t, own in enumerate(lists):
@@ -217,6 +219,7 @@ def test_near_and_far_are_the_choice():
                 assert near[b][h][t] == close + [-1] * (4 - len(close))
                 assert [far.pop((t, i)) for i in range(len(distant))] == distant
                 assert [c[b][h][t] for c in counts] == [len(close), len(distant)]
+                assert set(entries[b][h][t][len(distant) :]) <= {-1}
                 assert [(close + distant)[i] for i in moved[b][h][t][: len(own)]] == own
                 seen[0], seen[1] = seen[0] + len(close), seen[1] + len(distant)
             assert not far
@@ -280,17 +283,21 @@ def test_who_gathers(gathers):
     assert not taken(q.new_empty(2, 60, 4, 1024), k.new_empty(2, 60, 2, 1024))
 
 
-def test_parts_take_the_memory_of_the_queries(gathers):
-    from gsa_kernels.sparse_attention import triton_config as config
+@pytest.mark.parametrize("slots", [29, 64])
+@pytest.mark.parametrize("queries", [16384, 131073, 1 << 20])
+def test_parts_take_the_memory_of_the_queries(gathers, monkeypatch, queries, slots):
+    from gsa_kernels.sparse_attention import gather_launch, triton_config
 
-    gathers(chunk=16384)
-    each = 29 * 4 * (128 * 2 + 4)
-    for queries, pairs in ((16384, 4), (131072, 4), (131073, 4), (1 << 20, 64)):
-        size = config.chunk_of_queries(queries, each)
-        assert 8192 <= size <= 16384 and queries % size in (0, *range(size - 16, size))
-        lines = config.lines_of_parts(pairs, size * each)
-        assert 1 <= lines * size * each <= 1 << 29
     compare(drawn(20), mass=False)
+    gathers(chunk=16384)
+    monkeypatch.setattr(gather_launch, "split", lambda _, size, *rest: size)
+    q = torch.empty(1, queries, 16, 128, dtype=torch.bfloat16, device="meta")
+    blocks = torch.empty(1, 1, queries, slots, dtype=torch.int32, device="meta")
+    selection = Selection(SelectionSpec(64, 1, window=128), blocks, queries, queries)
+    size = gather_launch.split_choices(q, q[:, :, :4], selection, None, False)
+    each = slots * 4 * (128 * 2 + 4)
+    assert 5000 < size <= 16384 and -queries % size < queries / size  # equal chunks
+    assert 1 <= triton_config.lines_of_parts(64, size * each) * size * each <= 1 << 29
 
 
 def test_one_compiled_graph():
@@ -320,16 +327,20 @@ def test_the_study_runs(monkeypatch, tmp_path):
     np.savez(lists, blocks=drawn(80).blocks_BHQN[0, 0].numpy().astype(np.int16))
     monkeypatch.setattr(
         sys, "argv", ["query_gathering.py", "--lists", str(lists), "--heads", "2", "--kv-heads",
-                      "1", "--united", "8", "--chunk", "32", "--out", str(file)],
+                      "1", "--head-dim", "32", "--key-block", "16", "--k", "128", "--united", "8",
+                      "--chunk", "32", "--out", str(file)],
     )  # fmt: skip
     try:
         command.main()
+        with pytest.raises(SystemExit, match=r"blocks? \d of 64 keys.*80 positions"):
+            command.selection_of(lists, SelectionSpec(64, 1), torch.device("cpu"))
     finally:
         sys.modules.pop("query_gathering")
     unions, found, again = json.loads(file.read_text())["records"]
     assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
     assert "error" not in found and found["united"] == 8 and found["split_ms"] > 0
-    assert max(found["difference"].values()) < 1e-5 and found["far_choices"] > 0
+    assert max(found["difference"].values()) < (1e-5 if DEVICE == "cpu" else 2e-2)
+    assert found["far_choices"] > 0
 
 
 @pytest.mark.gpu

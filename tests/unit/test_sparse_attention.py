@@ -192,6 +192,8 @@ def test_shapes_that_do_not_fit_are_refused():
         ((q[:, 1:], k, v), {}, "63 queries"),
         ((q, k[:, 1:], v[:, 1:]), {}, "63 keys"),
         ((q, k[:, :, :1], v[:, :, :1]), {}, "1 or 1 heads, not 2"),
+        ((q[:1], k, v), {}, "a batch of 2, not 1"),
+        ((q, k[:1], v[:1]), {}, "a batch of 2, not 2 .queries. and 1"),
         ((q, k, v), {"bias_BHQN": bias[..., 1:]}, "one entry for each slot"),
     ]
     for args, kwargs, message in cases:

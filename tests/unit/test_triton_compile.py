@@ -111,6 +111,13 @@ def test_launches_compile_within_limits(shape, target):
         assert row["local"] <= most, row
 
 
+@pytest.mark.parametrize("granularity", ["64 64", "64 1"])
+def test_a_single_token_compiles(granularity):
+    """Triton compiles an argument of 1 as a constant, which a kernel may not assign to."""
+    rows = lines_of("aot_compile.py", "sm_90", *granularity.split(), *"1 4 2 64 bfloat16".split())
+    assert {"forward_kernel", "dq_kernel", "dkv_kernel"} <= {row["kernel"] for row in rows}
+
+
 @pytest.mark.parametrize("arguments", SELECTIONS)
 def test_selections_compile_and_launch_little(arguments):
     pytorch, kernels, *rows = lines_of("aot_select.py", *arguments.split())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gsa_kernels.selection import Selection
 from gsa_kernels.sparse_attention import sparse_attention, triton_config
+from gsa_kernels.sparse_attention.api import choose
 
 from .case import Case, Shape
 from .dense import Attend, dense_times
@@ -28,7 +29,6 @@ from .work import Rates, shares, work
 OF_UNIONS = (
     "flops_computed", "inflation", "bytes_gathered", "flops_computed_share", "gathered_share"
 )  # fmt: skip
-PASSES = ("forward", "forward_backward", "decode")
 
 
 def layer_record(
@@ -73,18 +73,17 @@ def layer_record(
     if gradients is not None:
         record["backward_extra_bytes"] = gradients
     row = record | shares(case.q, case.k, counted, backward, times["attend_ms"], rates)
-    if _gathers(shape):
+    if _gathers(case, chosen[0]):
         for field in OF_UNIONS:
             row.pop(field)
     return row
 
 
-def _gathers(shape: Shape) -> bool:
+def _gathers(case: Case, selection: Selection) -> bool:
     """Whether far choices are gathered by key block, so that pairs and bytes are not those of
     unions: how many they are only the device knows."""
-    c, r = shape.spec.key_block, shape.spec.query_tile
-    long = shape.seq_len >= triton_config.GATHER_FROM
-    return shape.device.type == "cuda" and shape.impl != "eager" and r == 1 and c >= 16 and long
+    name, _ = choose(case.impl, case.q.device, case.spec, case.q.shape[3])
+    return name == "triton" and triton_config.gather(case.q, case.k, selection) is not None
 
 
 def _backward_bytes(case: Case, v: Tensor, selection: Selection, dout: Tensor) -> int:

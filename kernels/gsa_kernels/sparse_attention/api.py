@@ -108,6 +108,12 @@ def sparse_attention(
             f"the selection is for {selection.n_queries} queries and {selection.n_keys} keys, "
             f"not {queries} and {k_BSKE.shape[1]}"
         )
+    batch = len(selection.blocks_BHQN)
+    if (len(q_BTHE), len(k_BSKE)) != (batch, batch):
+        raise ValueError(
+            f"the selection is for a batch of {batch}, not {len(q_BTHE)} (queries) and "
+            f"{len(k_BSKE)} (keys)"
+        )
     if selection.blocks_BHQN.shape[1] not in (1, kv_heads):
         raise ValueError(
             f"a selection has 1 or {kv_heads} heads, not {selection.blocks_BHQN.shape[1]}"
@@ -174,7 +180,7 @@ def _triton(
         blocks, sizes = keys.selection.blocks_BHQN, [1, 1, spec.window, 0, selection.q_start]
         bias = None if bias is None else keys.spread(bias)
     k, v = k.contiguous(), v.contiguous()
-    out, lse, mass, _ = ops.forward(
+    out, lse, mass, *_ = ops.forward(
         q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, learn, deterministic
     )
     if need_mass and keys is not None:

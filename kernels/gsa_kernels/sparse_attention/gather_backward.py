@@ -31,9 +31,8 @@ def chunk_of(queries: int, heads: int, kv_heads: int, width: int, slots: int) ->
     """Queries of a chunk: the parts of one key-value head are bounded by q's memory, so a block is
     chosen by about H C rows of the chunks; and offsets inside a chunk are of 32 bits."""
     fitting = ((1 << 31) - 1) // (width * max(slots * heads // kv_heads, 2 * heads))
-    most = min(int(config.GATHERED_PARTS * queries * kv_heads) // slots, fitting)
-    size = ceil_div(queries, ceil_div(queries, max(1, most)))
-    return max(16, size // 16 * 16) if size < queries else queries
+    most = int(config.GATHERED_PARTS * queries * kv_heads) // slots
+    return config.chunk_of_queries(queries, min(most, fitting))
 
 
 def add_chosen(

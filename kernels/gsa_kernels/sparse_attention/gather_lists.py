@@ -1,7 +1,8 @@
 """Lists for query gathering: a program takes a key block and queries that chose it.
 
 Queries go in chunks, so that what is written for each (query, slot) stays small. All chunks are
-inverted in one call, as if they were sequences of a batch; the host never waits.
+listed in one call, as if they were sequences of a batch; the host never waits. The order of the
+queries of a block is not defined: their sums, dk and dv, may differ in the last bits.
 
 Legend: B batch, T queries, HS selection heads, N slots of a query, X chunks, L list entries of a
 chunk, M items of a chunk.
@@ -9,13 +10,15 @@ chunk, M items of a chunk.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sizes import ceil_div
 
-from .triton_inverted import invert
+from .triton_split import split
+from .triton_union import UNITED
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class GatherLists:
     """queries [B X, HS, L]: queries of a chunk, numbered from its first, by the key block that
     they chose. entries [B X, HS, size, N]: where in it each choice is, -1 past the end of a
     query's list. items [B X, HS, M, 4]: block (any where the item is empty), entries [first, last)
-    and a number, longest first. All int32.
+    and 0, longest first. All int32.
     """
 
     queries: Tensor
@@ -42,14 +45,12 @@ def gather_lists(selection: Selection, size: int, longest: int) -> GatherLists:
     blocks = blocks.unflatten(2, (chunks, size)).transpose(1, 2).flatten(0, 1).contiguous()
     # Without sinks, and so without documents, it does not matter where a chunk lies.
     plain = SelectionSpec(spec.key_block, 1, heads=spec.heads)
-    lists = invert(Selection(plain, blocks, size, selection.n_keys), longest, False, True)
-    assert lists.entries_BHQN is not None
-    segments = lists.segments_BHG4
-    length = segments[..., 2] - segments[..., 1]
-    # Past the last segment there is nothing, not even zeros.
-    length = length.masked_fill(segments[..., 0] < 0, 0)
-    order = length.argsort(-1, descending=True)
-    items = segments.gather(2, order[..., None].expand_as(segments))
-    unused = (items[..., :1] < 0).expand_as(items)
-    items = items.masked_fill(unused, 0)
-    return GatherLists(lists.tiles_BHL, lists.entries_BHQN, items, size, chunks)
+    chunk = Selection(plain, blocks, size, selection.n_keys)
+    found = split(chunk, size, UNITED + 1, longest, False)  # no choice is near
+    items = found.items_BHQM3[:, :, 0]
+    unused = torch.arange(items.shape[2], device=blocks.device) >= found.used_BHQ
+    items = items.masked_fill(unused[..., None], 0)
+    order = (items[..., 2] - items[..., 1]).argsort(-1, descending=True)
+    items = F.pad(items.gather(2, order[..., None].expand_as(items)), (0, 1))
+    queries = found.places_BHL // blocks.shape[3]
+    return GatherLists(queries, found.entries_BHTN, items, size, chunks)

@@ -34,16 +34,20 @@ def _forward(
     need_mass: bool,
     keep: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty, its
+    residual [B, T, H, E] int8 or empty).
 
     sizes: C, R, window, sinks, q_start. docs: int32. gate: [B, T, H, E or 1], multiplies out.
-    keep: a backward will follow, for which a gate needs the ungated output. All contiguous.
+    keep: a backward will follow, which needs the last two. All contiguous.
     """
     from . import triton_launch
 
     selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
-    return triton_launch.forward(q, k, v, selection, bias, docs, scale, need_mass, gate, keep)
+    *found, residual = triton_launch.forward(
+        q, k, v, selection, bias, docs, scale, need_mass, gate, keep
+    )
+    return *found, residual if keep else residual.new_empty(0)  # type: ignore[return-value]
 
 
 forward_operator = torch.library.custom_op("gsa::sparse_attention", _forward, mutates_args=())
@@ -54,7 +58,9 @@ def _(q, k, v, blocks, bias, docs, gate, sizes, scale, need_mass, keep, determin
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     mass = q.new_empty(blocks.shape if need_mass else (0,), dtype=torch.float32)
     ungated = torch.empty_like(q) if keep and gate is not None else q.new_empty(0)
-    return torch.empty_like(q), lse, mass, ungated
+    kept = keep and q.dtype in (torch.float16, torch.bfloat16)
+    residual = q.new_empty(q.shape if kept else (0,), dtype=torch.int8)
+    return torch.empty_like(q), lse, mass, ungated, residual
 
 
 def _backward(
@@ -62,6 +68,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    residual: Tensor,
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
@@ -75,14 +82,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dgate); dbias is empty without a bias, dgate without a gate.
 
-    out is the ungated output, dout the gradient of the gated one.
+    out and residual (or an empty one) are the ungated output, dout the gradient of the gated one.
     """
     from . import triton_launch
 
     selection = _selection(blocks, docs, sizes, q.shape[1], k.shape[1])
     dq, dk, dv, dbias, dgate = triton_launch.backward(
-        q, k, v, out, lse, dout, dlse, selection, bias, docs, scale, deterministic, gate
-    )
+        q, k, v, out, lse, dout, dlse, selection, bias, docs, scale, deterministic, gate,
+        residual if residual.numel() else None,
+    )  # fmt: skip
     dbias = q.new_empty(0) if dbias is None else dbias
     return dq, dk, dv, dbias, q.new_empty(0) if dgate is None else dgate
 
@@ -93,28 +101,28 @@ backward_operator = torch.library.custom_op(
 
 
 @backward_operator.register_fake
-def _(q, k, v, out, lse, dout, dlse, blocks, bias, docs, gate, sizes, scale, deterministic):  # type: ignore[no-untyped-def]
+def _(q, k, v, out, residual, lse, dout, dlse, blocks, bias, docs, gate, sizes, scale, _):  # type: ignore[no-untyped-def]
     dbias, dgate = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (bias, gate))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dgate
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, blocks, bias, docs, gate, sizes, scale, _, keep, deterministic = inputs
-    out, lse, mass, ungated = output
+    out, lse, mass, ungated, residual = output
     assert keep or gate is None, "the backward needs the ungated output"
     out = out if gate is None else ungated
-    ctx.save_for_backward(q, k, v, out, lse, blocks, bias, docs, gate)
+    ctx.save_for_backward(q, k, v, out, residual, lse, blocks, bias, docs, gate)
     ctx.sizes, ctx.scale, ctx.deterministic = sizes, scale, deterministic
-    ctx.mark_non_differentiable(mass, ungated)
+    ctx.mark_non_differentiable(mass, ungated, residual)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward, ctx, dout, dlse, _dmass, _dungated):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, blocks, bias, docs, gate = ctx.saved_tensors
+def _gradients(backward, ctx, dout, dlse, *_):  # type: ignore[no-untyped-def]
+    q, k, v, out, residual, lse, blocks, bias, docs, gate = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     rest = (blocks, bias, docs, gate, ctx.sizes, ctx.scale, ctx.deterministic)
-    dq, dk, dv, dbias, dgate = backward(q, k, v, out, lse, dout, dlse, *rest)
+    dq, dk, dv, dbias, dgate = backward(q, k, v, out, residual, lse, dout, dlse, *rest)
     dbias = None if bias is None else dbias
     dgate = None if gate is None else dgate
     return dq, dk, dv, None, dbias, None, dgate, None, None, None, None, None

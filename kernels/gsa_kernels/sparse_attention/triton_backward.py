@@ -26,11 +26,13 @@ from .triton_forward import (
     tile_rows,
     whereabouts,
 )
+from .triton_residual import restored
 
 
 @triton.jit
 def delta_kernel(
     out_ptr,  # [B, T, H, E], ungated
+    residual_ptr,  # [B, T, H, E] int8, see triton_residual.py; where LOST
     dout_ptr,  # gradient of the gated output
     dlse_ptr,
     gate_ptr,  # [B, T, H, GATE]
@@ -40,6 +42,7 @@ def delta_kernel(
     T,
     H,
     HAS_DLSE: tl.constexpr,
+    LOST: tl.constexpr,
     GATE: tl.constexpr,
     E: tl.constexpr,
     BE: tl.constexpr,
@@ -57,7 +60,8 @@ def delta_kernel(
     first = (b.to(tl.int64) * T + tl.program_id(0) * BT) * H + h
     row = tl.arange(0, BT) * H
     at = row[:, None] * E + e
-    out = tl.load(out_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
+    rounded = tl.load(out_ptr + first * E + at, mask=ok, other=0.0)
+    out = rounded.to(tl.float32)
     dout = tl.load(dout_ptr + first * E + at, mask=ok, other=0.0).to(tl.float32)
     if GATE > 0:
         gate = load_gate(gate_ptr, first, row, t_ok, GATE, BE)
@@ -70,6 +74,9 @@ def delta_kernel(
         inner = (dout * gate).to(inner_ptr.dtype.element_ty)
         tl.store(inner_ptr + first * E + at, inner, mask=ok)
         dout = inner.to(tl.float32)  # delta must be that of the dout which the next kernels read
+    if LOST > 0:
+        residual = tl.load(residual_ptr + first * E + at, mask=ok, other=0)
+        out = restored(rounded, residual, LOST)
     delta = tl.sum(out * dout, 1)
     line = (b.to(tl.int64) * H + h) * T + t
     if HAS_DLSE:
@@ -489,11 +496,13 @@ def dkv_kernel(
         segment, b, kv_head, group = owned_segment(segment_ptr, zero, K, HS, not TMA)
         # Counted from the block's first key: offsets of 64 bits would spill.
         block = tl.load(segment)
-        if not TMA:
-            S += zero  # its upper half, too, would be kept
-        first = ((b.to(tl.int64) * S + block * C) * K + kv_head) * E
+        if TMA:
+            keys = S
+        else:
+            keys = S + zero  # its upper half, too, would be kept
+        first = ((b.to(tl.int64) * keys + block * C) * K + kv_head) * E
         c, e = tl.arange(0, C)[:, None], tl.arange(0, BE)[None, :]
-        at, ok = c * (K * E) + e, (c < S - block * C) & (e < E)
+        at, ok = c * (K * E) + e, (c < keys - block * C) & (e < E)
         dk_ptr, dv_ptr = dk_ptr + first, dv_ptr + first
         if MANY:
             tl.atomic_add(dk_ptr + at, dk, mask=ok, sem="relaxed")

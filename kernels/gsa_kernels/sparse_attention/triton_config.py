@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, power_of_2
 
 
@@ -196,11 +198,17 @@ class Gather:
     combined: int
 
 
-def gather(group: int, block: int, width: int, itemsize: int) -> Gather | None:
-    """group: G; block: C; None where a block or the heads of a group do not fit a program."""
+def gather(q: Tensor, k: Tensor, selection: Selection) -> Gather | None:
+    """How the far choices of q [B, T, H, E] are gathered, keys k [B, S, K, E]; None where the
+    union tiles take all choices: where calls are short or tiles choose, and where a block or the
+    heads of a group do not fit a program."""
+    spec, slots = selection.spec, selection.blocks_BHQN.shape[3]
+    if spec.query_tile > 1 or not slots or q.shape[1] < GATHER_FROM:
+        return None
+    group, block, itemsize = q.shape[2] // k.shape[2], spec.key_block, q.element_size()
     big = itemsize > 2
     rows = 32 if big else 64
-    held = 2 * block * max(16, power_of_2(width)) * itemsize
+    held = 2 * block * max(16, power_of_2(q.shape[3])) * itemsize
     if block not in (16, 32, 64, 128) or held > 1 << 16 or group > rows:
         return None
     # 168 registers let three programs onto a multiprocessor.
@@ -209,10 +217,9 @@ def gather(group: int, block: int, width: int, itemsize: int) -> Gather | None:
     return Gather(rows, 8 if big else 4, 3 if small else 2, 168 if small else None, combined)
 
 
-def chunk_of_queries(queries: int, each: int) -> int:
-    """Queries of a chunk, for parts of `each` bytes a query and key-value head: equal chunks."""
-    most = min(GATHER_CHUNK, max(16, GATHER_BYTES // each))
-    return ceil_div(queries, ceil_div(queries, most))
+def chunk_of_queries(queries: int, most: int) -> int:
+    """Queries of a chunk, of as few equal chunks as hold at most so many each."""
+    return ceil_div(queries, ceil_div(queries, max(1, most)))
 
 
 def lines_of_parts(lines: int, each: int) -> int:
@@ -221,9 +228,33 @@ def lines_of_parts(lines: int, each: int) -> int:
     return max(1, min(lines, GATHER_BYTES // each))
 
 
-def pair_sums(width: int, itemsize: int) -> Launch:
-    """rows: the 16 queries of a group, one head at a time."""
-    return Launch(16, 32 if itemsize > 2 or width > 128 else 64, 8, 1)
+@dataclass(frozen=True)
+class PairSums:
+    """each: heads of a unit, which share a key-value head; units of a launch; keys and stages of a
+    step."""
+
+    each: int
+    units: int
+    keys: int
+    stages: int
+
+
+def pair_sums(
+    shared: int, group: int, width: int, itemsize: int, gradient: bool, device: torch.device
+) -> PairSums:
+    """shared: heads that share a selection; group: G. The queries of a launch stay in shared
+    memory, and with the gradient dO: of the 227 KB of sm_90 64, of the 99 of small GPUs 32."""
+    most = 1 << 16 if has_tma(device) else 1 << 15
+    row = 16 * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
+    each = group
+    while each > 1 and power_of_2(each) * row > most // 2:
+        each = each // 2 if each % 2 == 0 else 1
+    units = min(4, shared // each, max(1, most // (power_of_2(each) * row)))
+    while shared // each % units:
+        units -= 1
+    big = itemsize > 2 or width > 128
+    keys = 32 if big or gradient else 64
+    return PairSums(each, units, keys, 1 if big else 3)
 
 
 def decode(rows: int, width: int, itemsize: int) -> Launch:

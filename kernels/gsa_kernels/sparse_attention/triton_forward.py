@@ -19,6 +19,7 @@ import os
 import triton
 import triton.language as tl
 
+from .triton_residual import residual_of
 from .triton_union import pair_numbers, unchosen
 
 ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -255,6 +256,7 @@ def forward_kernel(
     lse_ptr,  # [B, H, T] float32, natural log
     gate_ptr,  # [B, T, H, GATE], multiplies the output
     ungated_ptr,  # [B, T, H, E], what the backward needs of it; only where KEEP
+    residual_ptr,  # [B, T, H, E] int8, of the ungated output; where LOST
     list_ptr,  # [B, HS, Q, N] int32
     bits_ptr,  # [B, HS, Q, N] int32, only where UNION
     count_ptr,  # [B, HS, Q] int32
@@ -290,6 +292,7 @@ def forward_kernel(
     HAS_MASS: tl.constexpr,
     GATE: tl.constexpr,  # channels of the gate: 0 (none), 1 (per head) or E
     KEEP: tl.constexpr,
+    LOST: tl.constexpr,  # see triton_residual.py
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     RANGE_STAGES: tl.constexpr,
@@ -440,11 +443,14 @@ def forward_kernel(
     position, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
     safe = tl.where(norm > 0, norm, 1.0)
     # Rounded before the gate multiplies it, as if the gate were applied afterwards.
-    out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    acc = acc / safe[:, None]
+    out = acc.to(out_ptr.dtype.element_ty)
     # Counted from the tile's first row: 64-bit offsets of up to three tensors would spill.
     first = (b.to(tl.int64) * T + (tile * R - q_start)) * H
     row = (position - tile * R) * H + head
     at, ok = row[:, None] * E + e, row_ok[:, None] & e_ok
+    if LOST > 0:
+        tl.store(residual_ptr + first * E + at, residual_of(acc, out, LOST), mask=ok)
     if KEEP:
         tl.store(ungated_ptr + first * E + at, out, mask=ok)
     if GATE > 0:

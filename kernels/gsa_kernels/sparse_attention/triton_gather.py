@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_forward import load_gate
+from .triton_residual import residual_of, restored
 
 # Compiled once for all their values.
 _NUMBERS = ("T", "S", "q_start", "Q", "most", "chunk", "size", "first_line")
@@ -104,6 +105,7 @@ def combine_kernel(
     near_ptr,  # [B, T, H, E]: of the union tiles; KEEP: replaced by the ungated output
     gate_ptr,  # [B, T, H, GATE], multiplies the output
     out_ptr,  # [B, T, H, E]; may be near_ptr
+    residual_ptr,  # [B, T, H, E] int8: of near, replaced by the ungated output's; where LOST
     lse_ptr,  # [B, H, T] float32, natural log: of the union tiles, replaced by the result
     slot_lse_ptr,  # [B, H, T, N] float32: takes the sums after the near ones; where HAS_MASS
     nears_ptr,  # [B, HS, T] int32: near choices
@@ -123,6 +125,7 @@ def combine_kernel(
     HAS_MASS: tl.constexpr,
     GATE: tl.constexpr,
     KEEP: tl.constexpr,
+    LOST: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     EACH: tl.constexpr = BM // G
@@ -157,7 +160,11 @@ def combine_kernel(
     first = (b.to(tl.int64) * T + chunk * size) * H
     row = t * H + head
     near_ptr += first * E
-    near = tl.load(near_ptr + row[:, None] * E + e, mask=wide, other=0.0)
+    residual_ptr += first * E
+    wide_at = row[:, None] * E + e
+    near = tl.load(near_ptr + wide_at, mask=wide, other=0.0)
+    if LOST > 0:
+        near = restored(near, tl.load(residual_ptr + wide_at, mask=wide, other=0), LOST)
     total = tl.exp2(own - top)
     acc = near.to(tl.float32) * total[:, None]
     for i in tl.range(0, most, loop_unroll_factor=4):
@@ -168,12 +175,15 @@ def combine_kernel(
         )
         total += weight
         acc += x.to(tl.float32) * weight[:, None]
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    acc = acc / total[:, None]
+    out = acc.to(out_ptr.dtype.element_ty)
+    if LOST > 0:
+        tl.store(residual_ptr + wide_at, residual_of(acc, out, LOST), mask=wide)
     if KEEP:
-        tl.store(near_ptr + row[:, None] * E + e, out, mask=wide)
+        tl.store(near_ptr + wide_at, out, mask=wide)
     if GATE > 0:
         # Rounded before the gate multiplies it, as the union tiles do.
         gate = load_gate(gate_ptr, first, row, ok, GATE, BE)
         out = (out.to(tl.float32) * gate).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + first * E + row[:, None] * E + e, out, mask=wide)
+    tl.store(out_ptr + first * E + wide_at, out, mask=wide)
     tl.store(lse_ptr + lse_at, (top + tl.log2(total)) * 0.6931471805599453, mask=ok)

@@ -29,15 +29,13 @@ _SCRATCH = 1 << 27  # bytes of map
 class InvertedLists:
     """tiles_BHL: tile numbers (from 0), grouped by key block, ascending inside a block.
 
-    places_BHL: for each of them its place in the flattened [Q, N] selection, -1 for a sink.
-    entries_BHQN: where each choice is in tiles_BHL, -1 where there is none. Either is None unless
-    asked for. segments_BHG4: key block (-1: unused), places [first, last) of the list,
+    places_BHL: for each of them its place in the flattened [Q, N] selection, -1 for a sink; None
+    unless asked for. segments_BHG4: key block (-1: unused), places [first, last) of the list,
     number in the block. Every block has a segment 0, which may be empty. All int32.
     """
 
     tiles_BHL: Tensor
     places_BHL: Tensor | None
-    entries_BHQN: Tensor | None
     segments_BHG4: Tensor
 
 
@@ -99,7 +97,6 @@ def tile_lists_kernel(
     block_ptr,
     tile_ptr,  # [B HS, L] int32
     place_ptr,  # [B HS, L] int32, where PLACES
-    entry_ptr,  # [B HS, Q, N] int32, where ENTRIES
     segment_ptr,  # [B HS, G, 4] int32
     first,
     ROWS,
@@ -111,7 +108,6 @@ def tile_lists_kernel(
     G,
     longest,
     PLACES: tl.constexpr,
-    ENTRIES: tl.constexpr,
     STEPS: tl.constexpr,  # bits of N
     BW: tl.constexpr,
     BM: tl.constexpr,
@@ -152,7 +148,7 @@ def tile_lists_kernel(
         place = into + before[:, None] + tl.cumsum(each, 1) - each
         tile = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         tl.store(tile_ptr + place, tile, mask=each != 0)
-        if PLACES or ENTRIES:
+        if PLACES:
             # A tile's list ascends: how many entries lie below the block.
             line = block_ptr + (group.to(tl.int64) * Q + tile) * N
             slot = tile * 0
@@ -163,18 +159,11 @@ def tile_lists_kernel(
                 slot = tl.where((found >= 0) & (found < block), next, slot)
             there = (each != 0) & (slot < N)
             own = tl.load(line + slot, mask=there, other=-1) == block
-            slot += tile * N
-            if PLACES:
-                tl.store(place_ptr + place, tl.where(own, slot, -1), mask=each != 0)
-            if ENTRIES:
-                at = entry_ptr + group.to(tl.int64) * Q * N + slot
-                tl.store(at, (place - group.to(tl.int64) * L).to(tl.int32), mask=own)
+            tl.store(place_ptr + place, tl.where(own, tile * N + slot, -1), mask=each != 0)
         done += tl.sum(total, 0)
 
 
-def invert(
-    selection: Selection, longest: int, places: bool, entries: bool = False
-) -> InvertedLists:
+def invert(selection: Selection, longest: int, places: bool) -> InvertedLists:
     """Lists of a selection of contiguous tensors; a segment holds at most `longest` tiles."""
     spec, blocks, docs = selection.spec, selection.blocks_BHQN, selection.doc_start_BS
     batch, heads, tiles, slots = blocks.shape
@@ -188,7 +177,6 @@ def invert(
 
     lists, segments = table(length), table(most, 4)
     at = table(length) if places else None
-    where = torch.full_like(blocks, -1) if entries else None
     at_once = min(n_blocks, max(1, _SCRATCH // (4 * groups * words)))
     scratch = torch.zeros(
         groups * (n_blocks + at_once * words), dtype=torch.int32, device=blocks.device
@@ -209,10 +197,9 @@ def invert(
         )  # fmt: skip
         run(
             tile_lists_kernel, (rows, groups),
-            marks, counts, blocks, lists, lists if at is None else at,
-            lists if where is None else where, segments,
+            marks, counts, blocks, lists, lists if at is None else at, segments,
             first, rows, words, n_blocks, tiles, slots, length, most, longest,
-            PLACES=places, ENTRIES=entries, STEPS=slots.bit_length(),
+            PLACES=places, STEPS=slots.bit_length(),
             BW=min(32, power_of_2(words)), BM=min(1024, max(16, power_of_2(n_blocks))),
         )  # fmt: skip
-    return InvertedLists(lists, at, where, segments)
+    return InvertedLists(lists, at, segments)

@@ -17,6 +17,7 @@ from .gather_launch import add_far, split_choices
 from .triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from .triton_forward import forward_kernel, mass_kernel, own_mass_kernel
 from .triton_inverted import invert
+from .triton_residual import lost_bits
 from .triton_tiles import tile_table
 from .triton_token import invert_kernel, owned_kernel, pack_kernel, pair_sums_kernel
 from .triton_union import OWNED, UNITED, Unions, parts, unite
@@ -29,7 +30,7 @@ class _Plan:
     """What the kernels walk: lists of query tiles, and their constants.
 
     With R = 1 the tiles hold UNITED queries, and the bits of their union say which of them chose
-    a block. `single`: the blocks are keys; the sinks are in the lists then.
+    a block. Where the blocks are single keys, the sinks are in the lists.
     """
 
     lists: Tensor  # [B, Hs, tiles, N] int32
@@ -48,10 +49,6 @@ class _Plan:
     @property
     def bits(self) -> Tensor | None:
         return None if self.union is None else self.union.bits_BHUN
-
-    @property
-    def single(self) -> bool:
-        return self.union is not None and self.constants["C"] == 1
 
     @property
     def sink_stride(self) -> int:
@@ -133,9 +130,10 @@ def forward(
     need_mass: bool,
     gate: Tensor | None = None,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty); inputs
-    contiguous. keep: write the ungated output too, which the backward needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [B, T, H, E], lse [B, H, T], mass [B, Hs, Q, N] or empty, ungated out or empty, its
+    residual [B, T, H, E] int8 or empty); inputs contiguous. keep: write what the backward needs,
+    too: the ungated output, and what of 16-bit ones rounding has lost (triton_residual.py)."""
     if scale < 0:  # the kernel takes the largest product for the largest logit
         q, scale = -q, -scale
     batch, queries, heads, width = q.shape
@@ -149,6 +147,10 @@ def forward(
     mass = torch.empty(blocks.shape if need_mass else (0,), device=q.device, dtype=torch.float32)
     need_mass = need_mass and own > 0
     slot_mass = need_mass and not single
+    # The tiles attend what is near, and the gate waits for the rest.
+    far = split_choices(q, k, selection, bias, need_mass)
+    lost = lost_bits(q.dtype) if keep or far is not None else 0
+    residual = torch.empty(q.shape if lost else (0,), device=q.device, dtype=torch.int8)
     keep = keep and gate is not None
     ungated = torch.empty_like(q) if keep else q.new_empty(0)
     slot_lse = lse
@@ -159,8 +161,6 @@ def forward(
         mass.zero_()  # the slots that are not used
     pairs = 0 if bias is None or not single else _pairs(selection)
     scale_log2 = max(scale, 1e-30) * LOG2E
-    # The tiles attend what is near, and the gate waits for the rest.
-    far = split_choices(q, k, selection, bias, need_mass)
     near, first, inner_gate = selection, out, gate
     if far is not None:
         near, first, inner_gate = far.near, ungated if keep else out, None
@@ -178,7 +178,8 @@ def forward(
         run(
             forward_kernel, (plan.tiles * per_tile, batch * kv_heads),
             q, k, v, *boxes(tma, launch.keys, k, v), first, lse, _or(inner_gate, out), ungated,
-            plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse), slot_lse,
+            residual, plan.lists, _or(plan.bits, plan.lists), plan.counts, _or(packed, lse),
+            slot_lse,
             _or(docs, plan.lists), _or(plan.sinks, plan.lists),
             queries, keys, selection.q_start, plan.first_tile, plan.tiles, slots,
             _pairs(selection) if single else own,
@@ -188,7 +189,7 @@ def forward(
             HAS_SINKS=plan.sinks is not None, HAS_DOCS=docs is not None,
             HAS_BIAS=bias is not None,
             HAS_MASS=slot_mass, GATE=0 if inner_gate is None else inner_gate.shape[3],
-            KEEP=keep and far is None,
+            KEEP=keep and far is None, LOST=lost,
             TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -205,7 +206,8 @@ def forward(
         del plan, packed
     if far is not None:
         held = slot_lse if slot_mass else None
-        add_far(q, k, v, docs, far, first, lse, out, gate, held, scale_log2)
+        low = residual if lost else None
+        add_far(q, k, v, docs, far, first, lse, out, low, gate, held, scale_log2)
     if slot_mass and united:
         bn = min(32, power_of_2(own))
         run(
@@ -217,7 +219,7 @@ def forward(
         if far is not None:
             assert far.moved_BHTN is not None
             mass = mass.gather(3, far.moved_BHTN)
-    return out, lse, mass, ungated
+    return out, lse, mass, ungated, residual
 
 
 def backward(
@@ -234,15 +236,17 @@ def backward(
     scale: float,
     deterministic: bool,
     gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dbias, dgate) in the dtypes of q, k, v, bias and gate; inputs contiguous.
 
-    out is the ungated output, dout the gradient of the gated one.
+    out and residual are the ungated output, dout the gradient of the gated one.
     """
     if scale < 0:  # masks are -inf, to be multiplied by a positive number
         dq, *others = backward(
-            -q, k, v, out, lse, dout, dlse, selection, bias, docs, -scale, deterministic, gate
-        )
+            -q, k, v, out, lse, dout, dlse, selection, bias, docs, -scale, deterministic, gate,
+            residual,
+        )  # fmt: skip
         return -dq, *others  # type: ignore[return-value]
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
@@ -262,9 +266,10 @@ def backward(
     bt = 64 if gate is None else min(64, 4096 // be)
     run(
         delta_kernel, (ceil_div(queries, bt), batch * heads),
-        out, dout, _or(dlse, lse), _or(gate, dout), delta, inner, _or(dgate, dout), queries, heads,
-        HAS_DLSE=dlse is not None, GATE=0 if gate is None else gate.shape[3],
-        E=width, BE=be, BT=bt,
+        out, _or(residual, out), dout, _or(dlse, lse), _or(gate, dout), delta, inner,
+        _or(dgate, dout), queries, heads,
+        HAS_DLSE=dlse is not None, LOST=0 if residual is None else lost_bits(out.dtype),
+        GATE=0 if gate is None else gate.shape[3], E=width, BE=be, BT=bt,
     )  # fmt: skip
     dout = inner
     whole = owned and (deterministic or single)  # one program adds up all of a block
@@ -426,19 +431,22 @@ def _pair_sums(
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
-    launch = config.pair_sums(width, q.element_size())
-    run(
-        pair_sums_kernel, (plan.tiles, batch * groups),
-        q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
-        _or(packed, lse), _or(plan.docs, plan.lists),
-        queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
-        selection.q_start, plan.first_tile, 1.0 if gradient else groups / heads,
-        max(scale, 1e-30) * LOG2E,
-        H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
-        **_token_constants(plan, selection),
-        BN=launch.keys, HAS_BIAS=packed is not None, GRADIENT=gradient,
-        num_warps=launch.warps,
-    )  # fmt: skip
+    shared, group = heads // groups, heads // plan.constants["K"]
+    launch = config.pair_sums(shared, group, width, q.element_size(), gradient, q.device)
+    for unit in range(0, shared // launch.each, launch.units):
+        run(
+            pair_sums_kernel, (plan.tiles, batch * groups),
+            q, k, v, dout, lse, delta, sums, plan.lists, _or(plan.bits, plan.lists), plan.counts,
+            _or(packed, lse), _or(plan.docs, plan.lists),
+            queries, selection.n_keys, own, plan.lists.shape[3], _pairs(selection),
+            selection.q_start, plan.first_tile, unit, 1.0 if gradient else groups / heads,
+            max(scale, 1e-30) * LOG2E,
+            H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
+            **_token_constants(plan, selection),
+            UNITS=launch.units, EACH=launch.each, BM=16 * power_of_2(launch.each), BN=launch.keys,
+            HAS_BIAS=packed is not None, GRADIENT=gradient, ADD=unit > 0, STAGES=launch.stages,
+            num_warps=8,
+        )  # fmt: skip
 
 
 def _owned_keys(

@@ -8,7 +8,7 @@ triton_gather.py).
 
 Queries go in chunks, each with lists of its own, all made in the same launches. Sizes are static
 and the host never waits. A far choice takes its place in its block's list by an atomic count: the
-order inside a list is not defined, and no result depends on it.
+order inside a list is not defined, and no result of the forward depends on it.
 
 Legend: B batch, HS selection heads, T queries, N slots of a query, C keys per block, Q chunks, M
 key blocks.
@@ -35,8 +35,9 @@ _NUMBERS = ("T", "M", "Q", "q_start", "size", "least", "longest", "most")
 class Split:
     """near: the selection without its far choices. places_BHL: the far choices of chunk after
     chunk, by key block, each as t N + n for query t of the chunk and its n-th far choice; chunk i
-    begins at i size N. items_BHQM3: a key block and the places [first, last) of up to `longest`
-    of its choices; used_BHQ says how many there are. counts_2BHT: near and far choices.
+    begins at i size N. entries_BHTN: where in its chunk's places each far choice is, -1 past the
+    last. items_BHQM3: a key block and the places [first, last) of up to `longest` of its choices;
+    used_BHQ says how many there are. counts_2BHT: near and far choices.
 
     moved_BHTN, where it was asked for: where a slot of the selection is now, near ones from 0 and
     far ones after them; int64. All else int32.
@@ -45,6 +46,7 @@ class Split:
     near: Selection
     size: int
     places_BHL: Tensor
+    entries_BHTN: Tensor
     items_BHQM3: Tensor
     used_BHQ: Tensor
     counts_2BHT: Tensor
@@ -83,7 +85,8 @@ def split_kernel(
     there = block >= 0
     chose = tl.zeros([BT, BN], tl.int32)
     last = (t + q_start) // UNITED * UNITED - 1 - q_start  # of the group before
-    for back in tl.range(0, UNITED, loop_unroll_factor=2):
+    asked = tl.where(least > UNITED, 0, UNITED)  # nobody, where no choice can be near
+    for back in tl.range(0, asked, loop_unroll_factor=2):
         # The lists ascend: how many entries of the earlier one lie below the block.
         may = there & (last >= back)
         earlier = lists + (last - back).to(tl.int64) * N
@@ -146,7 +149,7 @@ def items_kernel(
 @triton.jit(do_not_specialize=_NUMBERS)
 def places_kernel(
     far_ptr,
-    rank_ptr,
+    rank_ptr,  # replaced by the place
     count_ptr,  # [B HS, T] int32: far choices
     start_ptr,  # [B HS, Q, M] int32: choices of lower blocks
     place_ptr,  # [B HS, T N] int32
@@ -170,6 +173,7 @@ def places_kernel(
     place += tl.load(rank_ptr + at, mask=there, other=0)
     first = (line * T + chunk * size) * N
     tl.store(place_ptr + first + place, (t - chunk * size) * N + n, mask=there)
+    tl.store(rank_ptr + at, place, mask=there)
 
 
 def split(selection: Selection, size: int, least: int, longest: int, moved: bool) -> Split:
@@ -187,7 +191,8 @@ def split(selection: Selection, size: int, least: int, longest: int, moved: bool
     def table(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=blocks.device)
 
-    near, far, rank, places = (table(*blocks.shape) for _ in range(4))
+    near, far, places = (table(*blocks.shape) for _ in range(3))
+    rank = torch.full_like(blocks, -1)
     counts, used = table(2, *blocks.shape[:3]), table(batch, groups, chunks)
     items = table(batch, groups, chunks, most, 3)
     where = torch.empty_like(blocks, dtype=torch.int64) if moved else None
@@ -212,4 +217,4 @@ def split(selection: Selection, size: int, least: int, longest: int, moved: bool
         N=slots, BT=bt, BN=bn,
     )  # fmt: skip
     rest = replace(selection, blocks_BHQN=near)
-    return Split(rest, size, places.flatten(2), items, used, counts, where)
+    return Split(rest, size, places.flatten(2), rank, items, used, counts, where)

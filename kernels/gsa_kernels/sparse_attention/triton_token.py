@@ -63,6 +63,14 @@ def pack_kernel(
 
 
 @triton.jit
+def unit_rows(ptr, b, t, head, ok, T, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """[BM, BE] rows of [B, T, H, E], 0 where not ok."""
+    e = tl.arange(0, BE)
+    at = ((b.to(tl.int64) * T + t) * H + head) * E
+    return tl.load(ptr + at[:, None] + e[None, :], mask=ok[:, None] & (e < E)[None, :], other=0.0)
+
+
+@triton.jit
 def pair_sums_kernel(
     q_ptr,
     k_ptr,
@@ -70,7 +78,7 @@ def pair_sums_kernel(
     do_ptr,
     lse_ptr,
     delta_ptr,
-    sum_ptr,  # [B, HS, T, N] float32, zero
+    sum_ptr,  # [B, HS, T, N] float32, zero; of earlier units where ADD
     list_ptr,  # [B, HS, groups, U] int32
     bits_ptr,
     count_ptr,
@@ -83,6 +91,7 @@ def pair_sums_kernel(
     PAIRS,
     q_start,
     first_group,
+    first_unit,
     factor,
     scale_log2,
     H: tl.constexpr,
@@ -92,62 +101,87 @@ def pair_sums_kernel(
     HS: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    UNITS: tl.constexpr,
+    EACH: tl.constexpr,  # heads of a unit, all of one key-value head
+    BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_DOCS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ADD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """factor times the sum of p over the heads that share a selection, for each selected key of
-    each query; of p (dP - delta), the gradient of the logits, where GRADIENT."""
-    G: tl.constexpr = H // K
+    each query; of p (dP - delta), the gradient of the logits, where GRADIENT. A launch takes UNITS
+    units of heads and holds their queries: 16 queries times EACH heads are a product's rows."""
+    MOST: tl.constexpr = BM // 16  # EACH as a power of two
     group, line = tl.program_id(0), tl.program_id(1)
     b, hs = line // HS, line % HS
     flat = line.to(tl.int64) * tl.num_programs(0) + group
-    row = tl.arange(0, 16)
-    position = (first_group + group) * 16 + row
+    query = tl.arange(0, 16)
+    position = (first_group + group) * 16 + query
     t = position - q_start
     ok = (t >= 0) & (t < T)
     low, end = sink_range(docs_ptr, b, position, ok, S, WINDOW, SINKS, HAS_DOCS)
     own = low - end
     before = 0
+    m = tl.arange(0, BM)
+    row_t = (first_group + group) * 16 + m // MOST - q_start
+    row_ok = (row_t >= 0) & (row_t < T) & (m % MOST < EACH)
+    qs, lses, dos, deltas = (), (), (), ()
+    for i in tl.static_range(UNITS):
+        head = hs * (H // HS) + (first_unit + i) * EACH + m % MOST
+        row_at = (b.to(tl.int64) * H + head) * T + row_t
+        q = unit_rows(q_ptr, b, row_t, head, row_ok, T, H, E, BE)
+        lse = tl.load(lse_ptr + row_at, mask=row_ok, other=float("inf")) * 1.4426950408889634
+        # Triton knows no starred tuple.
+        qs, lses = qs + (q,), lses + (lse,)  # type: ignore[assignment]  # noqa: RUF005
+        if GRADIENT:
+            do = unit_rows(do_ptr, b, row_t, head, row_ok, T, H, E, BE)
+            delta = tl.load(delta_ptr + row_at, mask=row_ok, other=0.0)
+            dos, deltas = dos + (do,), deltas + (delta,)  # type: ignore[assignment]  # noqa: RUF005
     e = tl.arange(0, BE)
-    row_ok = ok[:, None] & (e < E)
     count = tl.load(count_ptr + flat)
-    for first in range(0, count, BN):
+    list_ptr += flat * U
+    bits_ptr += flat * U
+    k_ptr += b.to(tl.int64) * S * K * E
+    v_ptr += b.to(tl.int64) * S * K * E
+    for first in tl.range(0, count, BN, num_stages=STAGES):
         n = first + tl.arange(0, BN)
-        key = tl.load(list_ptr + flat * U + n, mask=n < count, other=0)
-        bits = tl.load(bits_ptr + flat * U + n, mask=n < count, other=0)
-        chosen = (bits[None, :] >> row[:, None]) & 1
+        key = tl.load(list_ptr + n, mask=n < count, other=0)
+        bits = tl.load(bits_ptr + n, mask=n < count, other=0)
+        chosen = (bits[None, :] >> query[:, None]) & 1
         place, own = own_places(own, chosen)
         there = (chosen == 1) & ok[:, None]
-        extra = tl.zeros([16, BN], tl.float32)
         if HAS_BIAS:
-            number, before = pair_numbers(before, bits, row)
+            number, before = pair_numbers(before, bits, query)
             extra = tl.load(packed_ptr + flat * PAIRS + number, mask=there, other=0.0)
-            extra *= 1.4426950408889634
-        total = tl.zeros([16, BN], tl.float32)
-        for kv_head in range(hs * (K // HS), (hs + 1) * (K // HS)):
-            at_key = ((b.to(tl.int64) * S + key) * K + kv_head) * E
-            k = tl.load(k_ptr + at_key[None, :] + e[:, None], mask=e[:, None] < E, other=0.0)
+            extra = tl.broadcast_to((extra * 1.4426950408889634)[:, None, :], [16, MOST, BN])
+            extra = tl.reshape(extra, [BM, BN])
+        total = tl.zeros([BM, BN], tl.float32)
+        at_key = key.to(tl.int64) * (K * E)
+        for i in tl.static_range(UNITS):
+            kv_head = (hs * (H // HS) + (first_unit + i) * EACH) // (H // K)
+            column = (at_key + kv_head * E)[None, :] + e[:, None]
+            k = tl.load(k_ptr + column, mask=e[:, None] < E, other=0.0)
+            s = tl.dot(qs[i], k, input_precision="ieee") * scale_log2
+            if HAS_BIAS:
+                s += extra
+            p = tl.exp2(s - lses[i][:, None])
             if GRADIENT:
-                v = tl.load(v_ptr + at_key[None, :] + e[:, None], mask=e[:, None] < E, other=0.0)
-            for head in range(kv_head * G, kv_head * G + G):
-                at_row = ((b.to(tl.int64) * T + t) * H + head) * E
-                q = tl.load(q_ptr + at_row[:, None] + e[None, :], mask=row_ok, other=0.0)
-                at = (b.to(tl.int64) * H + head) * T + t
-                lse = tl.load(lse_ptr + at, mask=ok, other=float("inf")) * 1.4426950408889634
-                s = tl.dot(q, k, input_precision="ieee") * scale_log2 + extra
-                # A key that a query did not choose may have any logit: bounded, not infinite.
-                p = tl.exp2(tl.where(there, s - lse[:, None], float("-inf")))
-                if GRADIENT:
-                    do = tl.load(do_ptr + at_row[:, None] + e[None, :], mask=row_ok, other=0.0)
-                    delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
-                    p *= tl.dot(do, v, input_precision="ieee") - delta[:, None]
-                total += p
+                v = tl.load(v_ptr + column, mask=e[:, None] < E, other=0.0)
+                p *= tl.dot(dos[i], v, input_precision="ieee") - deltas[i][:, None]
+            total += p
+        # A key that a query did not choose may have any sum, infinite and none, too.
+        result = tl.sum(tl.reshape(total, [16, MOST, BN]), 1)
         if HAS_DOCS:
-            total = tl.where(key[None, :] >= low[:, None], total, 0.0)
-        at = (line.to(tl.int64) * T + t)[:, None] * N + place
-        tl.store(sum_ptr + at, total * factor, mask=there & (place >= 0))
+            result = tl.where(key[None, :] >= low[:, None], result, 0.0)
+        into = sum_ptr + ((line.to(tl.int64) * T + t)[:, None] * N + place)
+        there = there & (place >= 0)
+        result *= factor
+        if ADD:
+            result += tl.load(into, mask=there, other=0.0)
+        tl.store(into, result, mask=there)
 
 
 @triton.jit

@@ -30,7 +30,6 @@ from ..attention.xformers_sparse import XformersSparseAttention
 from ..configs import FlexConfig, XformersConfig, XformersSparseConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-NAMES = ("out", "dq", "dk", "dv")
 # Relative difference of two results in one precision: a few roundings of the inputs.
 _ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 CELLS = 128

@@ -1,0 +1,56 @@
+"""The study of hardware counters: its table is read right, and what it would count runs."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).parents[2] / "experiments" / "speed"
+HEAD = (
+    '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","lts__t_bytes.sum",'
+    '"dram__throughput.avg.pct_of_peak_sustained_elapsed",'
+    '"sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active"'
+)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(STUDY))
+    yield importlib.import_module("counters")
+    for name in ("counters", "token_attention", "query_gathering"):
+        sys.modules.pop(name, None)
+
+
+def test_launches_of_a_kernel_are_added_up_and_shares_weighted_by_time(study):
+    rows = [
+        '"0","sum_kernel","1,000,000","2,000,000,000","4e9","50","10"',
+        '"1","parts_kernel","9,000,000","0","0","5","90"',
+        '"2","sum_kernel","3,000,000","1,000,000,000","n/a","90","30"',
+    ]
+    text = "\n".join(["==PROF== Connected", HEAD, '"","","ns","byte","byte","%","%"', *rows])
+    parts, sums = study.kernels_of(text)
+    assert (parts["kernel"], parts["launches"], parts["ms"]) == ("parts_kernel", 1, 9)
+    assert sums == pytest.approx(
+        {"kernel": "sum_kernel", "launches": 2, "ms": 4, "dram_read_gb": 3, "l2_gb": 4,
+         "dram": 0.8, "tensor": 0.25}
+    )  # fmt: skip
+
+
+def test_no_table_is_an_error(study):
+    with pytest.raises(SystemExit, match="no permission"):
+        study.kernels_of("==PROF== Connected\n==ERROR== no permission")
+
+
+@pytest.mark.kernel
+def test_what_is_counted_runs(study, monkeypatch, tmp_path):
+    from gsa_kernels.sparse_attention import triton_config
+
+    for name in ("GATHER_FROM", "GATHER_BACKWARD_FROM"):
+        monkeypatch.setattr(triton_config, name, getattr(triton_config, name))  # set by the study
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dry", "--seq-len", "128", "--passes", "backward", "--designs", "gathering"]
+    monkeypatch.setattr(sys, "argv", ["counters.py", *arguments])
+    study.main()
+    assert triton_config.GATHER_FROM == triton_config.GATHER_BACKWARD_FROM == 0
