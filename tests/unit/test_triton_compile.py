@@ -29,7 +29,6 @@ CASES += [(shape, "sm_90") for shape in SHAPES if shape not in ("tile", "block")
 LOCAL = {
     "forward_kernel": 16,  # sm_100, Triton 3.6, all outside the loops: two programs fit so
     "owned_kernel": 32,  # with a bias, outside the loops
-    "pair_sums_kernel": 16,
 }
 # Triton 3.9 keeps descriptors of q there (256 rows); 3.6 nothing.
 DESCRIPTORS = 232
