@@ -25,6 +25,13 @@ SHAPES = {  # C, R, T, H, K, E, dtype
 
 CASES = [(shape, target) for shape in ("tile", "block") for target in SHARED]
 CASES += [(shape, "sm_90") for shape in SHAPES if shape not in ("tile", "block")]
+# Bytes of local memory, of kernels that take more than two words: those are no spilled tile.
+LOCAL = {
+    "forward_kernel": 16,  # sm_100, Triton 3.6, all outside the loops: two programs fit so
+    "owned_kernel": 32,  # with a bias, outside the loops
+}
+# Triton 3.9 keeps descriptors of q there (256 rows); 3.6 nothing.
+DESCRIPTORS = 232
 GATHERING = {"split_kernel", "items_kernel", "places_kernel", "gather_kernel", "combine_kernel"}
 
 
@@ -97,8 +104,9 @@ def test_launches_compile_within_limits(shape, target):
     assert names == expected
     for row in rows:
         assert row["shared"] <= SHARED[target], row
-        # Triton 3.9 keeps descriptors of q in local memory (sm_90, 256 rows), 3.6 nothing there.
-        most = 256 if (shape, target) == ("tile", "sm_90") else 32 if shape == "token" else 24
+        most = LOCAL.get(row["kernel"], 8)
+        if (row["kernel"], shape, target) == ("forward_kernel", "tile", "sm_90"):
+            most = DESCRIPTORS
         assert row["local"] <= most, row
 
 
@@ -123,8 +131,4 @@ def test_selections_compile_and_launch_little(arguments):
     if "part_kernel" not in kernels:  # a rule is PyTorch
         assert len(pytorch) == 2 * choices + 3 * lists + coarse + sample + copies
     for row in rows:
-        # Two words of stack are no spilled tile. write_kernel, for the few rows chosen again,
-        # spills on sm_80 (3.9: 168 bytes; 3.6: 144, and 48 on sm_90): neither 8 warps nor 16 keys
-        # help there.
-        most = 176 if row["kernel"] == "write_kernel" else 8
-        assert row["shared"] <= min(SHARED.values()) and row["local"] <= most, row
+        assert row["shared"] <= min(SHARED.values()) and row["local"] <= 8, row

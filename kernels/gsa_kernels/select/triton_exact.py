@@ -256,7 +256,7 @@ def write_kernel(
         room = wanted - above
         out = out_ptr + (which * rows + row)[:, None] * width
         if split == 0:
-            fill(out, wanted, ok, width, BW)
+            fill(out, wanted, ok, width, min(BW, 16))  # more would spill
         tile = first_tile + row
         first, end, qs, weights, biases = rows_of(
             q_ptr, weight_ptr, bias_ptr, docs_ptr, b, h, tile, ok, T, S, q_start, J, H, WIDTH, BI,

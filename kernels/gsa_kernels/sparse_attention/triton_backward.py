@@ -283,23 +283,35 @@ def dq_kernel(
 
 
 @triton.jit
-def gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H: tl.constexpr, E: tl.constexpr,
-                BE: tl.constexpr):  # fmt: skip
-    """[BM, BE] rows of q and dO."""
+def gather_rows(q_ptr, do_ptr, b, row, T, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """[BM, BE] rows t H + head (of 32 bits) of q and dO of a sequence, zero where no such t is."""
     e = tl.arange(0, BE)
-    ok = row_ok[:, None] & (e < E)
-    at = ((b.to(tl.int64) * T + t) * H + head)[:, None] * E + e
+    ok = (row.to(tl.uint32, bitcast=True) < T * H)[:, None] & (e < E)
+    base, at = b.to(tl.int64) * T * H * E, row.to(tl.int64)[:, None] * E + e
+    q_ptr, do_ptr = q_ptr + base, do_ptr + base
     return tl.load(q_ptr + at, mask=ok, other=0.0), tl.load(do_ptr + at, mask=ok, other=0.0)
 
 
 @triton.jit
-def add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok):
+def load_rows(at, ok, other, BOX: tl.constexpr):
+    """A number of each row. BOX: they follow one another. Else, of 64, the compiler may take so
+    little for cheap: each thread would fetch the 16 that its columns of the logits need, with
+    addresses of its own. With nothing beside each they are enough for threads to share."""
+    if BOX or at.shape[0] != 64:
+        return tl.load(at, mask=ok, other=other)
+    n = tl.arange(0, 2)[None, :]
+    x, _ = tl.split(tl.load(at[:, None] + n * 0, mask=ok[:, None] & (n == 0), other=other))
+    return x
+
+
+@triton.jit
+def add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok, BOX: tl.constexpr):
     """dk, dv [C, BE] plus what the rows give; p [C, BM]. Rows that are nobody's have q = dO = 0
     and so give nothing, whatever is finite."""
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     # As late as can be: a thread holds a quarter of them.
-    delta = tl.load(delta_ptr + line, mask=row_ok, other=0.0)
+    delta = load_rows(delta_ptr + line, row_ok, 0.0, BOX)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -319,34 +331,32 @@ def dkv_rows(
     LOCAL: the queries attend the block through their window, up to the diagonal.
     """
     m = tl.arange(0, BM)
+    first, head, g = 0, kv_head * G, m % G
     if R == 1:  # tile: BM numbers; a row that is nobody's has a negative one
-        head = kv_head * G + m % G
-        at_row = tile
+        n = tile - q_start
     elif R % BM == 0:
-        position = tile * R + step // G * BM
-        head = kv_head * G + step % G
-        at_row = position + m
+        first, head = tile * R + step // G * BM - q_start, head + step % G
+        n, g = m, 0
+    elif BM % G == 0:
+        n = tile * R + step * (BM // G) - q_start + m // G
     else:
-        head = kv_head * G + (step * BM + m) % G
-        at_row = tile * R + (step * BM + m) // G
-    t = at_row - q_start
+        n, g = tile * R - q_start + (step * BM + m) // G, (step * BM + m) % G
+    t = first + n
+    at_row = q_start + t
     row_ok = (t >= 0) & (t < T)
     if TMA:
-        q = q_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
-        do = do_desc.load([b, position - q_start, head * E]).reshape([BM, BE])
+        q = q_desc.load([b, first, head * E]).reshape([BM, BE])
+        do = do_desc.load([b, first, head * E]).reshape([BM, BE])
     else:
-        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
-    if R % BM == 0 and R > 1:
-        # A pointer and offsets of 32 bits: registers are few.
-        first = (b.to(tl.int64) * H + head) * T + (position - q_start)
-        lse_ptr, delta_ptr, line = lse_ptr + first, delta_ptr + first, m
-    else:
-        line = (b.to(tl.int64) * H + head) * T + t
-    lse = tl.load(lse_ptr + line, mask=row_ok, other=0.0) * 1.4426950408889634
+        q, do = gather_rows(q_ptr, do_ptr, b, t * H + (head + g), T, H, E, BE)
+    # A pointer and offsets of 32 bits: registers are few.
+    start = (b.to(tl.int64) * H + head) * T + first
+    lse_ptr, delta_ptr, line = lse_ptr + start, delta_ptr + start, g * T + n
+    lse = load_rows(lse_ptr + line, row_ok, 0.0, TMA) * 1.4426950408889634
     if LOCAL or HAS_DOCS:
         outside = tl.zeros([1, 1], tl.int32)
         if HAS_DOCS:
-            start = tl.load(docs_ptr + b.to(tl.int64) * S + at_row, mask=row_ok, other=0)
+            start = load_rows(docs_ptr + b.to(tl.int64) * S + at_row, row_ok, 0, TMA)
             outside = key[:, None] - start[None, :]
         if LOCAL:
             outside = outside | (at_row[None, :] - key[:, None])
@@ -357,7 +367,7 @@ def dkv_rows(
     else:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
     p = probabilities(s, lse[None, :], extra, scale_log2, HAS_EXTRA)
-    return add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok)
+    return add_rows(dk, dv, p, q, do, v, delta_ptr, line, row_ok, TMA)
 
 
 @triton.jit
@@ -440,7 +450,7 @@ def dkv_kernel(
                 place = first + step * EACH + m // G
                 there = (place < last) & (m < EACH * G)
                 place += list_base
-                tile = tl.load(tile_ptr + place, mask=there, other=0)
+                tile = load_rows(tile_ptr + place, there, 0, False)
                 tile = tl.where(there, first_tile + tile, -1)
             else:
                 place = list_base + first + step // STEPS
@@ -448,13 +458,14 @@ def dkv_kernel(
                 tile = first_tile + tl.load(tile_ptr + place)
             extra = 0.0
             if HAS_BIAS:
-                slot = tl.load(slot_ptr + place, mask=there, other=-1)
-                extra = tl.load(
-                    bias_ptr + group.to(tl.int64) * n_bias + slot, mask=slot >= 0, other=0.0
-                )
-                extra = extra * 1.4426950408889634
+                bias = bias_ptr + group.to(tl.int64) * n_bias
                 if R == 1:
-                    extra = extra[None, :]
+                    slot = load_rows(slot_ptr + place, there, -1, False)
+                    extra = load_rows(bias + slot, slot >= 0, 0.0, False)[None, :]
+                else:
+                    slot = tl.load(slot_ptr + place)
+                    extra = tl.load(bias + slot, mask=slot >= 0, other=0.0)
+                extra = extra * 1.4426950408889634
             dk, dv = dkv_rows(
                 dk, dv, k, v, key, q_ptr, do_ptr, q_desc, do_desc, lse_ptr, delta_ptr, docs_ptr,
                 extra, b, kv_head, tile, step % STEPS, q_start, T, S, scale_log2,

@@ -284,7 +284,7 @@ def owned_kernel(
         t = tl.where(used, q_start // 16 * 16 + group * 16 + query - q_start, -1)
         row_ok = (t >= 0) & (t < T)
         head = kv_head * G + m % G
-        q, do = gather_rows(q_ptr, do_ptr, b, t, head, row_ok, T, H, E, BE)
+        q, do = gather_rows(q_ptr, do_ptr, b, t * H + head, T, H, E, BE)
         line_of = (b.to(tl.int64) * H + head) * T + t
         lse = tl.load(lse_ptr + line_of, mask=row_ok, other=0.0) * 1.4426950408889634
         flat = line.to(tl.int64) * n_groups + group
@@ -309,7 +309,10 @@ def owned_kernel(
             begin = tl.load(docs_ptr + b.to(tl.int64) * S + q_start + t, mask=row_ok, other=0)
             chosen = chosen & (key[:, None] >= begin[None, :])
         p = tl.where(chosen, p, 0.0)
-        dk, dv = add_rows(dk, dv, p, q, do, v, delta_ptr, line_of, row_ok)
+        dk, dv = add_rows(dk, dv, p, q, do, v, delta_ptr, line_of, row_ok, True)
+    # Anew, see dkv_kernel.
+    y = tl.program_id(1) + (tl.load(entries_ptr + owner) >> 31)
+    b, kv_head = y // K, y % K
     low = tl.maximum(block * OWNED, q_start)
     high = tl.minimum((block + 1) * OWNED + WINDOW - 1, q_start + T)
     for first in tl.range(low, high, EACH, num_stages=1):
