@@ -102,7 +102,7 @@ def table(report: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
     }
     lines = [
         f"{report['device']}, driver {report.get('driver', '-')}, torch {report['torch']}, triton "
-        f"{report.get('triton', '-')}, commit {report['commit'][:12]}",
+        f"{report.get('triton', '-')}, commit {report['commit']}",
         "",
         "| " + " | ".join(title for title, _ in columns.values()) + " |",
         "|---" * len(columns) + "|",
@@ -342,7 +342,9 @@ def merged(paths: Iterable[Path]) -> dict[str, Any]:
     reports = [json.loads(path.read_text()) for path in paths]
     if len({r["device"] for r in reports}) > 1:
         raise ValueError("these reports are of different devices")
-    return reports[0] | {"records": [row for r in reports for row in r["records"]]}
+    commits = " and ".join(dict.fromkeys(r["commit"][:12] for r in reports))
+    rows = [row for r in reports for row in r["records"]]
+    return reports[0] | {"records": rows, "commit": commits}
 
 
 def main() -> None:

@@ -246,6 +246,8 @@ def objective_record(
         "dense_rows": dense_rows,
         "peak_extra_bytes": peak_bytes(on_all, device),
     }
-    record["selected_kl_share"] = record["selected_kl_ms"] / attend
+    # The mass is made for this objective alone.
+    selected = record["selected_kl_ms"] + max(0.0, record["mass_ms"])
+    record["selected_kl_share"] = selected / attend
     record["dense_kl_share"] = record["dense_kl_ms"] / attend
     return record
