@@ -1,6 +1,8 @@
-"""The study of hardware counters: its table is read right, and what it would count runs."""
+"""The study of hardware counters: its table is read right, and what it would count runs. That of
+tile sizes of token mode runs."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def study(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(STUDY))
     yield importlib.import_module("counters")
-    for name in ("counters", "token_attention", "query_gathering"):
+    for name in ("counters", "token_attention", "token_launches", "query_gathering"):
         sys.modules.pop(name, None)
 
 
@@ -54,3 +56,21 @@ def test_what_is_counted_runs(study, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["counters.py", *arguments])
     study.main()
     assert triton_config.GATHER_FROM == triton_config.GATHER_BACKWARD_FROM == 0
+
+
+@pytest.mark.kernel
+def test_tile_sizes_of_token_mode(study, monkeypatch, tmp_path):
+    from gsa_kernels.sparse_attention import triton_config
+
+    before = triton_config.forward, triton_config.query_gradient
+    sizes = importlib.import_module("token_launches")
+    small = {name: [(32, 16, 4, 2), (32, 32, 4, 2)] for name in sizes.VARIANTS}
+    monkeypatch.setattr(sizes, "VARIANTS", small)
+    file = tmp_path / "out.json"
+    arguments = ["--unions", "2", "--seq-len", "250", "--k", "224", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", ["token_launches.py", *arguments])
+    sizes.main()
+    rows = json.loads(file.read_text())["records"]
+    assert [row["kernel"] for row in rows] == ["forward"] * 2 + ["query_gradient"] * 2
+    assert all(row["ms"] > 0 and row["difference"] < 1e-2 for row in rows)
+    assert (triton_config.forward, triton_config.query_gradient) == before
