@@ -113,6 +113,15 @@ def test_heads_and_widths(gathers, heads, kv_heads, held, width):
         compare(selection, heads=heads, kv_heads=kv_heads, width=width)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_training_gives_the_bits_of_inference(dtype):
+    selection = on_device(drawn(70, documents=True))
+    q, k, v = (x.to(DEVICE, dtype) for x in inputs(selection)[:3])
+    want = sparse_attention(q, k, v, selection, impl="triton").out_BTHE
+    got = sparse_attention(q.requires_grad_(), k, v, selection, impl="triton").out_BTHE
+    assert got.requires_grad and torch.equal(got, want)
+
+
 @documents
 @pytest.mark.parametrize("c", [16, 64])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
