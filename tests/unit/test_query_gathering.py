@@ -258,7 +258,8 @@ def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
     def poisoned(make):
         def call(*args, **kwargs):
             made = make(*args, **kwargs)
-            return made.fill_(torch.nan if made.is_floating_point() else -(2**30))
+            whole = not made.is_floating_point()
+            return made.fill_(torch.iinfo(made.dtype).min // 2 if whole else torch.nan)
 
         return call
 
@@ -267,6 +268,7 @@ def test_no_result_depends_on_uninitialised_memory(documents, monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     compare(selection, tensors)
+    compare(selection, tensors, dtype=HALF[0])  # with residuals
 
 
 def test_who_gathers(gathers):
