@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from gsa_kernels.selection import SelectionSpec
 MODES = {"tile": (64, 64), "block": (64, 1), "token": (1, 1)}  # C, R
 
 
-def first(mode: str, tokens: int) -> float:
-    """Seconds of one training step of a layer, in a process that has made none."""
+def step(mode: str, tokens: int) -> Callable[[], None]:
+    """One training step of a layer, its end awaited."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     (c, r), sizes = MODES[mode], (16, 4, 128) if cuda else (2, 1, 32)
@@ -40,12 +41,22 @@ def first(mode: str, tokens: int) -> float:
     )  # fmt: skip
     case = make_case(shape).learn()
     dout = torch.randn_like(case.q)
-    if cuda:
+
+    def run() -> None:
+        case.train(dout)
+        if cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def first(mode: str, tokens: int) -> float:
+    """Seconds of a step, in a process that has made none."""
+    run = step(mode, tokens)
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    case.train(dout)
-    if cuda:
-        torch.cuda.synchronize()
+    run()
     return time.perf_counter() - start
 
 
