@@ -17,8 +17,9 @@ from gsa_kernels.sizes import ceil_div, power_of_2
 
 @dataclass(frozen=True)
 class Launch:
-    """rows and keys per step (BM, BN), warps per program, pipeline stages of the main loop, and
-    whether keys are fetched by the tensor memory accelerator (sm_90 and newer)."""
+    """rows and keys per step (BM, BN), warps per program, pipeline stages of the main loop,
+    whether keys are fetched by the tensor memory accelerator (sm_90 and newer), and registers of
+    a thread (None: any)."""
 
     rows: int
     keys: int
@@ -26,6 +27,7 @@ class Launch:
     stages: int
     tma: bool = False
     range_stages: int = 2  # of the loops over sinks and local windows
+    registers: int | None = None
 
 
 @cache  # asking a device takes the host microseconds
@@ -67,7 +69,11 @@ def forward(
         big = itemsize > 2 or width > 128
         bm = _rows(32 if big else 64, rows)
         if block == 1:  # gathered key by key
-            return Launch(bm, 32 if big else 64, 8 if big else 4, 2 if big else 3)
+            if big or not has_tma(device):
+                return Launch(bm, 32, 8 if big else 4, 2 if big else 3)
+            bm = _rows(128, rows)
+            # 128 registers: two programs of 8 warps on a multiprocessor, of 4 warps four.
+            return Launch(bm, 32, 8 if bm > 64 else 4, 3, registers=128)
         return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
@@ -82,6 +88,15 @@ def forward(
     # 7.0 -> 5.7 ms. With the mass, one with longer loads is faster: 9.7 -> 7.7 ms.
     stages = 5 if (bm > 64 or mass) and not tensor_memory else 4
     return Launch(bm, _keys(64, block), 8 if bm > 64 else 4, stages, tma=True)
+
+
+def united_queries(
+    block: int, width: int, itemsize: int, device: torch.device, numbered: bool
+) -> int:
+    """Neighbouring queries, of those that choose alone, whose lists are united. numbered: the
+    pairs of a union are."""
+    single = block == 1 and not numbered and itemsize == 2 and width <= 128
+    return 32 if single and has_tma(device) else 16
 
 
 def query_gradient(
@@ -100,8 +115,9 @@ def query_gradient(
         if block == 1:
             if big:
                 return Launch(bm, 32, 8, 1)
-            # dk and dv of fewer than 64 keys would miss the wide products of sm_90.
-            return Launch(bm, 64, 8, 2) if atomic else Launch(bm, 32, 4, 3)
+            if has_tma(device):
+                bm = _rows(128, rows)
+            return Launch(bm, 32, 8 if bm > 64 else 4, 3)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
@@ -240,12 +256,19 @@ class PairSums:
 
 
 def pair_sums(
-    shared: int, group: int, width: int, itemsize: int, gradient: bool, device: torch.device
+    shared: int,
+    group: int,
+    united: int,
+    width: int,
+    itemsize: int,
+    gradient: bool,
+    device: torch.device,
 ) -> PairSums:
-    """shared: heads that share a selection; group: G. The queries of a launch stay in shared
-    memory, and with the gradient dO: of the 227 KB of sm_90 64, of the 99 of small GPUs 32."""
+    """shared: heads that share a selection; group: G; united: queries of a union. The queries of
+    a launch stay in shared memory, and with the gradient dO: of the 227 KB of sm_90 64, of the 99
+    of small GPUs 32."""
     most = 1 << 16 if has_tma(device) else 1 << 15
-    row = 16 * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
+    row = united * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
     each = group
     while each > 1 and power_of_2(each) * row > most // 2:
         each = each // 2 if each % 2 == 0 else 1

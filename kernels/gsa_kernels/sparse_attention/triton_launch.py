@@ -29,7 +29,7 @@ LOG2E = 1.4426950408889634
 class _Plan:
     """What the kernels walk: lists of query tiles, and their constants.
 
-    With R = 1 the tiles hold UNITED queries, and the bits of their union say which of them chose
+    With R = 1 the tiles hold 16 or 32 queries, and the bits of their union say which of them chose
     a block. Where the blocks are single keys, the sinks are in the lists.
     """
 
@@ -64,15 +64,17 @@ def _plans(
     e: int,
     pairs: int = 0,
     starts: bool = False,
+    group: int = UNITED,
 ) -> Iterator[_Plan]:
     """One plan, or several where unions would take much memory: each for some tiles. The lists of
     one must be let go before the next is asked for.
 
     pairs: numbers per union that its user holds besides. starts: needs all unions at a time.
+    group: queries of a union.
     """
     spec, blocks = selection.spec, selection.blocks_BHQN
     united = spec.query_tile == 1
-    r = UNITED if united else spec.query_tile
+    r = group if united else spec.query_tile
     first_tile = selection.q_start // r
     constants = dict(
         H=heads,
@@ -91,8 +93,8 @@ def _plans(
         yield _Plan(blocks, counts, None, sinks, docs, first_tile, rows, constants)
         return
     sinks = tile_table(selection, r, True)[1] if spec.key_block > 1 else None
-    for first, size in parts(selection, pairs, starts):
-        union = unite(selection, docs, starts, (first, size))
+    for first, size in parts(selection, pairs, starts, group):
+        union = unite(selection, docs, starts, (first, size), group)
         part = None if sinks is None else sinks[:, first : first + size]
         lists, counts = union.lists_BHUN, union.counts_BHU
         yield _Plan(lists, counts, union, part, docs, first_tile + first, rows, constants)
@@ -164,7 +166,8 @@ def forward(
     near, first, inner_gate = selection, out, gate
     if far is not None:
         near, first, inner_gate = far.near, ungated if keep else out, None
-    for plan in _plans(near, docs, heads, kv_heads, width, pairs):
+    group = config.united_queries(c, width, q.element_size(), q.device, bias is not None)
+    for plan in _plans(near, docs, heads, kv_heads, width, pairs, group=group):
         packed = _packed(plan, selection, bias) if single else bias
         launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
         slots, sub = plan.lists.shape[3], max(1, c // launch.keys)
@@ -191,7 +194,7 @@ def forward(
             HAS_MASS=slot_mass, GATE=0 if inner_gate is None else inner_gate.shape[3],
             KEEP=keep and far is None, LOST=lost,
             TMA=tma, STAGES=launch.stages, RANGE_STAGES=launch.range_stages,
-            num_warps=launch.warps,
+            num_warps=launch.warps, maxnreg=launch.registers,
         )  # fmt: skip
         if need_mass and single:
             _pair_sums(mass, plan, selection, q, k, v, q, lse, lse, packed, scale, False)
@@ -288,7 +291,10 @@ def backward(
     if bias is None and not deterministic and gathers(selection):
         chosen, selection = selection, replace(selection, blocks_BHQN=blocks[..., :0])
     pairs = 0 if bias is None or not single else _pairs(selection)
-    for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts):
+    together = config.united_queries(
+        c, width, q.element_size(), q.device, starts or bias is not None
+    )
+    for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts, together):
         slots = plan.lists.shape[3]
         packed = _packed(plan, selection, bias) if single else bias
         launch = config.query_gradient(
@@ -431,8 +437,8 @@ def _pair_sums(
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
-    shared, group = heads // groups, heads // plan.constants["K"]
-    launch = config.pair_sums(shared, group, width, q.element_size(), gradient, q.device)
+    shared, group, united = heads // groups, heads // plan.constants["K"], plan.constants["R"]
+    launch = config.pair_sums(shared, group, united, width, q.element_size(), gradient, q.device)
     for unit in range(0, shared // launch.each, launch.units):
         run(
             pair_sums_kernel, (plan.tiles, batch * groups),
@@ -443,7 +449,8 @@ def _pair_sums(
             max(scale, 1e-30) * LOG2E,
             H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
             **_token_constants(plan, selection),
-            UNITS=launch.units, EACH=launch.each, BM=16 * power_of_2(launch.each), BN=launch.keys,
+            UNITS=launch.units, EACH=launch.each, GROUP=united,
+            BM=united * power_of_2(launch.each), BN=launch.keys,
             HAS_BIAS=packed is not None, GRADIENT=gradient, ADD=unit > 0, STAGES=launch.stages,
             num_warps=8,
         )  # fmt: skip

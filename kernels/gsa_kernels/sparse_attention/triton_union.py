@@ -1,9 +1,9 @@
 """Unions of neighbouring queries' lists, so that a tensor core has rows enough to work on.
 
-A group of 16 queries marks its choices in a bit map with 16 bits per key block; one sweep of the
-map then writes the blocks that anybody chose, in order, with the bits that say who did. Sizes are
-static and the host never waits, so a union has room for 16 whole lists: long ones are made, used
-and let go for some groups at a time (`parts`), and scratch is bounded.
+A group of 16 or 32 queries marks its choices in a bit map with as many bits per key block; one
+sweep of the map then writes the blocks that anybody chose, in order, with the bits that say who
+did. Sizes are static and the host never waits, so a union has room for as many whole lists: long
+ones are made, used and let go for some groups at a time (`parts`), and scratch is bounded.
 
 Legend: see triton_forward.py; U slots of a union. A sweep reads S / C x 2 bytes per group.
 
@@ -12,6 +12,7 @@ one key: a pair's number is the set bits of all earlier entries plus those of lo
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection
 from gsa_kernels.sizes import ceil_div, power_of_2
 
-UNITED = 16  # queries of a group: their bits are half a word of the map
+UNITED = 16  # queries of a group; 32 where asked for, without numbers of pairs
 OWNED = 64  # keys of the blocks that `blocks_BHUJ2` counts in, see triton_token.py
 _SCRATCH = 3 << 27  # bytes of unions and maps at a time
 _SWEPT = 1024  # blocks swept at a time, a multiple of OWNED
@@ -88,7 +89,7 @@ def sink_range(docs_ptr, b, position, ok, S, WINDOW: tl.constexpr, SINKS: tl.con
 @triton.jit
 def mark_kernel(
     blocks_ptr,  # [B, HS, T, N] int32
-    map_ptr,  # [groups of this launch, WORDS] int32: 16 bits per block, two blocks a word
+    map_ptr,  # [groups of this launch, WORDS] int32: GROUP bits per block, two or one a word
     docs_ptr,
     first,  # of all groups of all sequences and heads
     n_groups,  # of one sequence and head
@@ -103,12 +104,14 @@ def mark_kernel(
     SINKS: tl.constexpr,  # keys; 0: marks none
     MOST: tl.constexpr,  # SINKS rounded up to a power of two
     HAS_DOCS: tl.constexpr,
+    GROUP: tl.constexpr,
     BN: tl.constexpr,
 ):
+    PER: tl.constexpr = 32 // GROUP
     flat = first + tl.program_id(0)
     line, group = flat // n_groups, flat % n_groups
-    row = tl.arange(0, 16)
-    position = (first_group + group) * 16 + row
+    row = tl.arange(0, GROUP)
+    position = (first_group + group) * GROUP + row
     t = position - q_start
     ok = (t >= 0) & (t < T)
     into = map_ptr + tl.program_id(0).to(tl.int64) * WORDS
@@ -116,20 +119,20 @@ def mark_kernel(
     at = (line.to(tl.int64) * T + t) * N
     there = ok[:, None] & (n < N)[None, :]
     block = tl.load(blocks_ptr + at[:, None] + n[None, :], mask=there, other=-1)
-    bit = tl.full([16, BN], 1, tl.int32) << (block % 2 * 16 + row[:, None])
-    tl.atomic_or(into + block // 2, bit, mask=block >= 0, sem="relaxed")
+    bit = tl.full([GROUP, BN], 1, tl.int32) << (block % PER * GROUP + row[:, None])
+    tl.atomic_or(into + block // PER, bit, mask=block >= 0, sem="relaxed")
     if SINKS > 0:
         if tl.program_id(1) == 0:
             low, end = sink_range(docs_ptr, line // HS, position, ok, S, WINDOW, SINKS, HAS_DOCS)
             sink = low[:, None] + tl.arange(0, MOST)[None, :]
-            mark = tl.full([16, MOST], 1, tl.int32) << (sink % 2 * 16 + row[:, None])
+            mark = tl.full([GROUP, MOST], 1, tl.int32) << (sink % PER * GROUP + row[:, None])
             is_sink = ok[:, None] & (sink < end[:, None])
-            tl.atomic_or(into + sink // 2, mark, mask=is_sink, sem="relaxed")
+            tl.atomic_or(into + sink // PER, mark, mask=is_sink, sem="relaxed")
 
 
 @triton.jit
 def sweep_kernel(
-    map_ptr,  # [groups of this launch, 2 WORDS] int16
+    map_ptr,  # [groups of this launch, PER WORDS] int16 or int32
     list_ptr,  # [groups, U] int32
     bits_ptr,
     count_ptr,  # [groups] int32
@@ -143,19 +146,23 @@ def sweep_kernel(
     J,
     C: tl.constexpr,
     OWNED: tl.constexpr,
-    STARTS: tl.constexpr,
+    STARTS: tl.constexpr,  # GROUP 16 only
+    GROUP: tl.constexpr,
     BS: tl.constexpr,
 ):
+    PER: tl.constexpr = 32 // GROUP
     flat = first + tl.program_id(0)
-    last = (first_group + flat % n_groups) * 16 + 15
+    last = (first_group + flat % n_groups) * GROUP + GROUP - 1
     limit = tl.minimum(n_blocks, last // C + 1)
-    read = map_ptr + tl.program_id(0).to(tl.int64) * WORDS * 2
+    read = map_ptr + tl.program_id(0).to(tl.int64) * WORDS * PER
     into = flat.to(tl.int64) * U
     count = 0
     chosen = 0
     for low in range(0, limit, BS):
         block = low + tl.arange(0, BS)
-        bits = tl.load(read + block, mask=block < limit, other=0).to(tl.int32) & 0xFFFF
+        bits = tl.load(read + block, mask=block < limit, other=0).to(tl.int32)
+        if GROUP == 16:
+            bits = bits & 0xFFFF
         hit = (bits != 0).to(tl.int32)
         place = count + tl.cumsum(hit, 0) - hit
         tl.store(list_ptr + into + place, block, mask=hit != 0)
@@ -172,39 +179,56 @@ def sweep_kernel(
     tl.store(count_ptr + flat, count)
 
 
-def _width(selection: Selection) -> tuple[int, int, int]:
+def _width(selection: Selection, group: int) -> tuple[int, int, int]:
     """(slots of a union, key blocks, sinks that it holds)."""
     spec = selection.spec
     sinks = spec.sinks if spec.key_block == 1 else 0
     n_blocks = ceil_div(selection.n_keys, spec.key_block)
-    width = min(UNITED * (selection.blocks_BHQN.shape[3] + sinks), n_blocks)
+    width = min(group * (selection.blocks_BHQN.shape[3] + sinks), n_blocks)
     return width, n_blocks, sinks
 
 
-def parts(selection: Selection, pairs: int, whole: bool = False) -> list[tuple[int, int]]:
+@cache
+def _wave(device: torch.device) -> int:
+    """Programs that run at a time where four fit a multiprocessor, a multiple of 16."""
+    if device.type != "cuda":
+        return 16
+    return ceil_div(4 * torch.cuda.get_device_properties(device).multi_processor_count, 16) * 16
+
+
+def parts(
+    selection: Selection, pairs: int, whole: bool = False, group: int = UNITED
+) -> list[tuple[int, int]]:
     """(first group, how many) of unions to make at a time, for which `pairs` more numbers per
-    group are held. whole: all."""
+    group are held. whole: all. group: queries of one."""
     batch, heads, queries, _ = selection.blocks_BHQN.shape
-    groups = ceil_div(selection.q_start % UNITED + queries, UNITED)
-    width, n_blocks, _ = _width(selection)
-    each = 4 * batch * heads * (2 * width + ceil_div(n_blocks, 2) + pairs)
-    # Equal parts, of multiples of 16: kernels are compiled anew for other divisors.
-    n = 1 if whole else ceil_div(groups, max(16, _SCRATCH // each // 16 * 16))
+    groups = ceil_div(selection.q_start % group + queries, group)
+    width, n_blocks, _ = _width(selection, group)
+    each = 4 * batch * heads * (2 * width + ceil_div(n_blocks, 32 // group) + pairs)
+    # Equal parts, of multiples of 16: kernels are compiled anew for other divisors. Not much more
+    # than the programs that run at a time: those left over would take as long again.
+    most, wave = _SCRATCH // each, _wave(selection.blocks_BHQN.device)
+    most = max(16, most // wave * wave or most // 16 * 16)
+    n = 1 if whole else ceil_div(groups, most)
     size = ceil_div(ceil_div(groups, n), 16) * 16 if n > 1 else groups
     return [(first, min(size, groups - first)) for first in range(0, groups, size)]
 
 
 def unite(
-    selection: Selection, docs: Tensor | None, starts: bool, part: tuple[int, int] | None = None
+    selection: Selection,
+    docs: Tensor | None,
+    starts: bool,
+    part: tuple[int, int] | None = None,
+    group: int = UNITED,
 ) -> Unions:
-    """Unions over groups of UNITED positions of a selection with R = 1; docs: int32. part: of
+    """Unions over groups of 16 or 32 positions of a selection with R = 1; docs: int32. part: of
     these groups (first, how many) only."""
     spec, blocks = selection.spec, selection.blocks_BHQN
-    assert not starts or spec.key_block == 1
+    assert not starts or (spec.key_block == 1 and group == UNITED)
     batch, heads, queries, slots = blocks.shape
-    first_group, n_groups = part or parts(selection, 0, whole=True)[0]
-    first_group += selection.q_start // UNITED
-    width, n_blocks, sinks = _width(selection)
+    first_group, n_groups = part or parts(selection, 0, True, group)[0]
+    first_group += selection.q_start // group
+    width, n_blocks, sinks = _width(selection, group)
 
     def table(*shape: int) -> Tensor:
         size = (batch, heads, n_groups, *shape)
@@ -213,7 +237,7 @@ def unite(
     lists, bits, counts = table(width), table(width), table()
     owned = ceil_div(n_blocks, OWNED)
     edges = table(owned, 2) if starts else None
-    words = ceil_div(n_blocks, 2)
+    words = ceil_div(n_blocks, 32 // group)
     groups = batch * heads * n_groups
     at_once = min(groups, max(1, _SCRATCH // (words * 4)))
     marks = torch.empty(at_once, words, dtype=torch.int32, device=blocks.device)
@@ -226,13 +250,14 @@ def unite(
             blocks, marks, counts if docs is None else docs, first, n_groups, first_group,
             queries, selection.n_keys, slots, words, selection.q_start,
             HS=heads, WINDOW=spec.window, SINKS=sinks, MOST=power_of_2(max(1, sinks)),
-            HAS_DOCS=docs is not None, BN=bn,
+            HAS_DOCS=docs is not None, GROUP=group, BN=bn,
         )  # fmt: skip
         run(
             sweep_kernel, (size, 1),
-            marks.view(torch.int16), lists, bits, counts, counts if edges is None else edges,
+            marks.view(torch.int16) if group == 16 else marks, lists, bits, counts,
+            counts if edges is None else edges,
             first, n_groups, first_group, n_blocks, words, width, owned,
-            C=spec.key_block, OWNED=OWNED, STARTS=starts,
+            C=spec.key_block, OWNED=OWNED, STARTS=starts, GROUP=group,
             BS=min(_SWEPT, power_of_2(max(OWNED, n_blocks))),
         )  # fmt: skip
     return Unions(lists, bits, counts, edges)
