@@ -64,13 +64,14 @@ def test_tile_sizes_of_token_mode(study, monkeypatch, tmp_path):
 
     before = triton_config.forward, triton_config.query_gradient
     sizes = importlib.import_module("token_launches")
-    small = {name: [(32, 16, 4, 2), (32, 32, 4, 2)] for name in sizes.VARIANTS}
+    small = {name: [(16, 32, 16, 4, 2), (32, 32, 32, 4, 2)] for name in sizes.VARIANTS}
     monkeypatch.setattr(sizes, "VARIANTS", small)
     file = tmp_path / "out.json"
-    arguments = ["--unions", "2", "--seq-len", "250", "--k", "224", "--out", str(file)]
+    arguments = ["--memory", "8", "--seq-len", "250", "--k", "64", "--out", str(file)]
     monkeypatch.setattr(sys, "argv", ["token_launches.py", *arguments])
     sizes.main()
     rows = json.loads(file.read_text())["records"]
     assert [row["kernel"] for row in rows] == ["forward"] * 2 + ["query_gradient"] * 2
     assert all(row["ms"] > 0 and row["difference"] < 1e-2 for row in rows)
+    assert all(1 <= rows[i]["unions"] < rows[i + 1]["unions"] < 32 for i in (0, 2))
     assert (triton_config.forward, triton_config.query_gradient) == before

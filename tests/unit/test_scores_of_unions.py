@@ -156,11 +156,11 @@ def test_the_kernel_of_single_lists_agrees(ran, bias):
 
 
 def test_parts_of_all_groups_and_uninitialised_memory(ran, monkeypatch):
-    from gsa_kernels.sparse_attention import triton_union
+    from gsa_kernels.index_score import at_union_launch
 
     selection = lists(600, 0, 20)
     whole = gradients_of(selection, True, 0)
-    monkeypatch.setattr(triton_union, "_SCRATCH", 1 << 16)
+    monkeypatch.setattr(at_union_launch, "SCRATCH", 1 << 16)
 
     def poisoned(make):
         def call(*args, **kwargs):

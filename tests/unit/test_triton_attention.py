@@ -257,17 +257,53 @@ def test_unions_of_some_groups_at_a_time(granularity, owned, monkeypatch, owned_
     check(part, (q[:, 37:], k, v, bias[:, :, 37:]))
 
 
-def test_unions_of_long_lists_take_bounded_memory():
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("length", "start", "heads", "kv_heads", "documents"),
+    [(1, 0, 4, 1, False), (63, 0, 4, 2, True), (100, 37, 6, 2, True), (70, 31, 2, 2, False)],
+)
+def test_more_queries_are_united_in_the_backward(
+    length, start, heads, kv_heads, documents, dtype, monkeypatch
+):
+    from gsa_kernels.sparse_attention import triton_launch, triton_union
+
+    groups = []
+
+    def unite(*args):
+        groups.append(args[4])
+        return triton_union.unite(*args)
+
+    monkeypatch.setattr(triton_launch, "unite", unite)
+    monkeypatch.setattr(triton_union, "_SCRATCH", 1)  # 16 groups at a time
+    choices = 1 + length % 2 * (kv_heads - 1)
+    whole = make_selection(
+        length, (1, 1), heads=choices, window=5, sinks=3, budget=20, documents=documents
+    )
+    blocks, rest = whole.blocks_BHQN[:, :, start:], length - start
+    part = type(whole)(whole.spec, blocks, rest, length, start, whole.doc_start_BS)
+    q, k, v, bias = inputs(whole, heads, kv_heads, width=24)
+    tensors = (q[:, start:], k, v, bias[:, :, start:])
+    check(part, tensors, dtype, with_bias=False)
+    same = [torch.zeros_like(q[:, start:]), *tensors[1:]]
+    check(part, same, dtype, with_bias=False)
+    assert set(groups) == {16, 32}  # forward, backward
+    groups.clear()
+    check(part, tensors, dtype)
+    assert set(groups) == {16}  # pairs of a bias are numbered
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_unions_of_long_lists_take_bounded_memory(group):
     from gsa_kernels.selection import Selection, SelectionSpec
     from gsa_kernels.sparse_attention import triton_union
 
     length = 131072
     spec = SelectionSpec(1, 1, window=128, sinks=64)
     blocks = torch.empty(1, 1, length, 1856, dtype=torch.int32, device="meta")
-    found = triton_union.parts(Selection(spec, blocks, length, length), 0)
-    assert sum(size for _, size in found) == length // 16
+    found = triton_union.parts(Selection(spec, blocks, length, length), 0, group=group)
+    assert sum(size for _, size in found) == length // group
     assert [first for first, _ in found] == [found[0][1] * i for i in range(len(found))]
-    union, bits = 2 * 4 * 16 * (1856 + 64), 2 * length
+    union, bits = 2 * 4 * group * (1856 + 64), group // 8 * length
     assert max(size for _, size in found) * (union + bits) < 3 << 27
     assert all(size % 16 == 0 for _, size in found)
 

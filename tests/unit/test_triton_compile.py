@@ -28,6 +28,7 @@ CASES += [(shape, "sm_90") for shape in SHAPES if shape not in ("tile", "block")
 # Bytes of local memory, of kernels that take more than two words: those are no spilled tile.
 LOCAL = {
     "forward_kernel": 16,  # sm_100, Triton 3.6, all outside the loops: two programs fit so
+    "dq_kernel": 16,  # single keys, sm_90, Triton 3.9, outside the loops; 3.6 nothing
     "owned_kernel": 32,  # with a bias, outside the loops
 }
 # Triton 3.9 keeps descriptors of q there (256 rows); 3.6 nothing.

@@ -6,13 +6,13 @@ from torch import Tensor
 from gsa_kernels.launch import run
 from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sizes import padded
-from gsa_kernels.sparse_attention import triton_config
 from gsa_kernels.sparse_attention.triton_union import UNITED, parts, unite
 
 from .triton_at_union import union_gradient_kernel
 
 FEWEST = 4096  # queries of all sequences and selection heads, 16 a program
 STAGES = 3
+SCRATCH = 200_000_000  # bytes of unions at a time
 
 
 def united(
@@ -34,10 +34,8 @@ def united(
 
 
 def _registers(q: Tensor) -> int | None:
-    """Most per thread: of small products four programs fit onto a multiprocessor, or three."""
-    if q.dtype != torch.bfloat16 or q.shape[3] > 64:
-        return None
-    return 128 if triton_config.has_tma(q.device) else 168
+    """Most per thread: of small products three programs fit onto a multiprocessor."""
+    return 168 if q.dtype == torch.bfloat16 and q.shape[3] <= 64 else None
 
 
 def union_gradients(
@@ -62,7 +60,7 @@ def union_gradients(
     dbias = torch.empty(
         (0,) if bias is None else (batch * queries, heads), device=q.device, dtype=torch.float32
     )
-    for part in parts(selection, 0):
+    for part in parts(selection, 0, scratch=SCRATCH):
         unions = unite(selection, None, False, part)
         run(
             union_gradient_kernel, (part[1], batch * groups),

@@ -274,7 +274,7 @@ def dq_kernel(
     zero = tl.load(count_ptr) >> 31
     i, part, b, kv_head = whereabouts(zero, K, PARTS)
     tile = first_tile + i
-    _, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM)
+    _, t, head, row_ok = tile_rows(part, kv_head, tile, q_start, T, H, G, R, BM, zero)
     row_offset = (b.to(tl.int64) * T + t) * H + head
     q_ok = row_ok[:, None] & e_ok
     tl.store(

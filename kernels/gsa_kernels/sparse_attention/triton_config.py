@@ -70,10 +70,9 @@ def forward(
         bm = _rows(32 if big else 64, rows)
         if block == 1:  # gathered key by key
             if big or not has_tma(device):
-                return Launch(bm, 32, 8 if big else 4, 2 if big else 3)
-            bm = _rows(128, rows)
-            # 128 registers: two programs of 8 warps on a multiprocessor, of 4 warps four.
-            return Launch(bm, 32, 8 if bm > 64 else 4, 3, registers=128)
+                return Launch(bm, 32, 8, 2) if big else Launch(bm, 64, 4, 3)
+            # Of 128 registers four programs fit onto a multiprocessor.
+            return Launch(bm, 32, 4, 3, registers=None if has_tensor_memory(device) else 128)
         return Launch(bm, block, 8 if big else 4, 2 if big else 4, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8 if itemsize > 2 else 4, 2)
@@ -91,12 +90,12 @@ def forward(
 
 
 def united_queries(
-    block: int, width: int, itemsize: int, device: torch.device, numbered: bool
+    block: int, width: int, itemsize: int, device: torch.device, atomic: bool
 ) -> int:
-    """Neighbouring queries, of those that choose alone, whose lists are united. numbered: the
-    pairs of a union are."""
-    single = block == 1 and not numbered and itemsize == 2 and width <= 128
-    return 32 if single and has_tma(device) else 16
+    """Neighbouring queries, of those that choose alone, whose lists are united in the backward:
+    more of them add less to the gradients of keys, but multiply more in vain."""
+    wide = block == 1 and atomic and itemsize == 2 and width <= 128 and has_tma(device)
+    return 32 if wide else 16
 
 
 def query_gradient(
@@ -115,9 +114,13 @@ def query_gradient(
         if block == 1:
             if big:
                 return Launch(bm, 32, 8, 1)
-            if has_tma(device):
-                bm = _rows(128, rows)
-            return Launch(bm, 32, 8 if bm > 64 else 4, 3)
+            if not atomic:
+                return Launch(bm, 32, 4, 3)
+            if not has_tma(device):
+                return Launch(bm, 64, 8, 2)
+            bm = _rows(128, rows)
+            # Of 64 rows two programs fit a multiprocessor, with the products of dk and dv narrow.
+            return Launch(bm, 64, 8, 3) if bm > 64 else Launch(bm, 32, 4, 3)
         return Launch(bm, block, 8 if big else 4, 1 if big else 3, tma=not big and has_tma(device))
     if itemsize > 2 or width > 128:
         return Launch(_rows(32, rows), _keys(32, block), 8, 1)
@@ -256,19 +259,12 @@ class PairSums:
 
 
 def pair_sums(
-    shared: int,
-    group: int,
-    united: int,
-    width: int,
-    itemsize: int,
-    gradient: bool,
-    device: torch.device,
+    shared: int, group: int, width: int, itemsize: int, gradient: bool, device: torch.device
 ) -> PairSums:
-    """shared: heads that share a selection; group: G; united: queries of a union. The queries of
-    a launch stay in shared memory, and with the gradient dO: of the 227 KB of sm_90 64, of the 99
-    of small GPUs 32."""
+    """shared: heads that share a selection; group: G. The queries of a launch stay in shared
+    memory, and with the gradient dO: of the 227 KB of sm_90 64, of the 99 of small GPUs 32."""
     most = 1 << 16 if has_tma(device) else 1 << 15
-    row = united * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
+    row = 16 * max(16, power_of_2(width)) * itemsize * (2 if gradient else 1)
     each = group
     while each > 1 and power_of_2(each) * row > most // 2:
         each = each // 2 if each % 2 == 0 else 1

@@ -27,10 +27,11 @@ ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 @triton.jit
 def tile_rows(
-    pid, kv_head, tile, q_start, T, H, G: tl.constexpr, R: tl.constexpr, BM: tl.constexpr
+    pid, kv_head, tile, q_start, T, H, G: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, zero=0
 ):
-    """Absolute position, index into T, query head and validity of a program's BM rows."""
-    row = pid * BM + tl.arange(0, BM)
+    """Absolute position, index into T, query head and validity of a program's BM rows. zero: see
+    whereabouts."""
+    row = pid * BM + tl.arange(0, BM) + zero
     position = tile * R + row // G
     t = position - q_start
     head = kv_head * G + row % G

@@ -166,8 +166,7 @@ def forward(
     near, first, inner_gate = selection, out, gate
     if far is not None:
         near, first, inner_gate = far.near, ungated if keep else out, None
-    group = config.united_queries(c, width, q.element_size(), q.device, bias is not None)
-    for plan in _plans(near, docs, heads, kv_heads, width, pairs, group=group):
+    for plan in _plans(near, docs, heads, kv_heads, width, pairs):
         packed = _packed(plan, selection, bias) if single else bias
         launch = config.forward(plan.rows, c, width, q.element_size(), q.device, united, need_mass)
         slots, sub = plan.lists.shape[3], max(1, c // launch.keys)
@@ -291,9 +290,9 @@ def backward(
     if bias is None and not deterministic and gathers(selection):
         chosen, selection = selection, replace(selection, blocks_BHQN=blocks[..., :0])
     pairs = 0 if bias is None or not single else _pairs(selection)
-    together = config.united_queries(
-        c, width, q.element_size(), q.device, starts or bias is not None
-    )
+    # Numbers of pairs are those of groups of 16.
+    atomic = not owned and bias is None
+    together = config.united_queries(c, width, q.element_size(), q.device, atomic)
     for plan in _plans(selection, docs, heads, kv_heads, width, pairs, starts, together):
         slots = plan.lists.shape[3]
         packed = _packed(plan, selection, bias) if single else bias
@@ -437,8 +436,8 @@ def _pair_sums(
     blocks = selection.blocks_BHQN
     batch, groups, queries, own = blocks.shape
     heads, width = plan.constants["H"], plan.constants["E"]
-    shared, group, united = heads // groups, heads // plan.constants["K"], plan.constants["R"]
-    launch = config.pair_sums(shared, group, united, width, q.element_size(), gradient, q.device)
+    shared, group = heads // groups, heads // plan.constants["K"]
+    launch = config.pair_sums(shared, group, width, q.element_size(), gradient, q.device)
     for unit in range(0, shared // launch.each, launch.units):
         run(
             pair_sums_kernel, (plan.tiles, batch * groups),
@@ -449,8 +448,7 @@ def _pair_sums(
             max(scale, 1e-30) * LOG2E,
             H=heads, K=plan.constants["K"], E=width, BE=plan.constants["BE"],
             **_token_constants(plan, selection),
-            UNITS=launch.units, EACH=launch.each, GROUP=united,
-            BM=united * power_of_2(launch.each), BN=launch.keys,
+            UNITS=launch.units, EACH=launch.each, BM=16 * power_of_2(launch.each), BN=launch.keys,
             HAS_BIAS=packed is not None, GRADIENT=gradient, ADD=unit > 0, STAGES=launch.stages,
             num_warps=8,
         )  # fmt: skip

@@ -4,8 +4,7 @@ The forward and dq walk a group's union as they walk any list. Here are: the bia
 the union; sums over heads for each (query, key) pair, which are the attention on each selected key
 and the gradient of its bias; and dk, dv by key blocks of OWNED keys, nothing atomic.
 
-Legend: see triton_forward.py; U slots of a union, J key blocks, 16 queries per group
-(GROUP in sums of pairs).
+Legend: see triton_forward.py; U slots of a union, J key blocks, 16 queries per group.
 """
 
 import triton
@@ -17,8 +16,7 @@ from .triton_union import ones, pair_number, pair_numbers, sink_range
 
 @triton.jit
 def own_places(own, chosen):
-    """Places [queries, BN] of a step's chosen keys in the queries' own lists, and how many are
-    behind after it."""
+    """Places [16, BN] of a step's chosen keys in each query's own list, and its length so far."""
     return own[:, None] + tl.cumsum(chosen, 1) - chosen, own + tl.sum(chosen, 1)
 
 
@@ -105,7 +103,6 @@ def pair_sums_kernel(
     SINKS: tl.constexpr,
     UNITS: tl.constexpr,
     EACH: tl.constexpr,  # heads of a unit, all of one key-value head
-    GROUP: tl.constexpr,  # queries of a union
     BM: tl.constexpr,
     BN: tl.constexpr,
     HAS_DOCS: tl.constexpr,
@@ -116,20 +113,20 @@ def pair_sums_kernel(
 ):
     """factor times the sum of p over the heads that share a selection, for each selected key of
     each query; of p (dP - delta), the gradient of the logits, where GRADIENT. A launch takes UNITS
-    units of heads and holds their queries: GROUP times EACH heads are a product's rows."""
-    MOST: tl.constexpr = BM // GROUP  # EACH as a power of two
+    units of heads and holds their queries: 16 queries times EACH heads are a product's rows."""
+    MOST: tl.constexpr = BM // 16  # EACH as a power of two
     group, line = tl.program_id(0), tl.program_id(1)
     b, hs = line // HS, line % HS
     flat = line.to(tl.int64) * tl.num_programs(0) + group
-    query = tl.arange(0, GROUP)
-    position = (first_group + group) * GROUP + query
+    query = tl.arange(0, 16)
+    position = (first_group + group) * 16 + query
     t = position - q_start
     ok = (t >= 0) & (t < T)
     low, end = sink_range(docs_ptr, b, position, ok, S, WINDOW, SINKS, HAS_DOCS)
     own = low - end
     before = 0
     m = tl.arange(0, BM)
-    row_t = (first_group + group) * GROUP + m // MOST - q_start
+    row_t = (first_group + group) * 16 + m // MOST - q_start
     row_ok = (row_t >= 0) & (row_t < T) & (m % MOST < EACH)
     qs, lses, dos, deltas = (), (), (), ()
     for i in tl.static_range(UNITS):
@@ -159,7 +156,7 @@ def pair_sums_kernel(
         if HAS_BIAS:
             number, before = pair_numbers(before, bits, query)
             extra = tl.load(packed_ptr + flat * PAIRS + number, mask=there, other=0.0)
-            extra = tl.broadcast_to((extra * 1.4426950408889634)[:, None, :], [GROUP, MOST, BN])
+            extra = tl.broadcast_to((extra * 1.4426950408889634)[:, None, :], [16, MOST, BN])
             extra = tl.reshape(extra, [BM, BN])
         total = tl.zeros([BM, BN], tl.float32)
         at_key = key.to(tl.int64) * (K * E)
@@ -176,7 +173,7 @@ def pair_sums_kernel(
                 p *= tl.dot(dos[i], v, input_precision="ieee") - deltas[i][:, None]
             total += p
         # A key that a query did not choose may have any sum, infinite and none, too.
-        result = tl.sum(tl.reshape(total, [GROUP, MOST, BN]), 1)
+        result = tl.sum(tl.reshape(total, [16, MOST, BN]), 1)
         if HAS_DOCS:
             result = tl.where(key[None, :] >= low[:, None], result, 0.0)
         into = sum_ptr + ((line.to(tl.int64) * T + t)[:, None] * N + place)

@@ -189,27 +189,32 @@ def _width(selection: Selection, group: int) -> tuple[int, int, int]:
 
 
 @cache
-def _wave(device: torch.device) -> int:
-    """Programs that run at a time where four fit a multiprocessor, a multiple of 16."""
+def _waves(device: torch.device) -> list[int]:
+    """Programs that run at a time where 4, 3, 2 or 1 fit a multiprocessor, multiples of 16."""
     if device.type != "cuda":
-        return 16
-    return ceil_div(4 * torch.cuda.get_device_properties(device).multi_processor_count, 16) * 16
+        return [16]
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return [max(16, n * processors // 16 * 16) for n in (4, 3, 2, 1)]
 
 
 def parts(
-    selection: Selection, pairs: int, whole: bool = False, group: int = UNITED
+    selection: Selection,
+    pairs: int,
+    whole: bool = False,
+    group: int = UNITED,
+    scratch: int | None = None,
 ) -> list[tuple[int, int]]:
     """(first group, how many) of unions to make at a time, for which `pairs` more numbers per
-    group are held. whole: all. group: queries of one."""
+    group are held. whole: all. group: queries of one. scratch: most bytes of a part."""
     batch, heads, queries, _ = selection.blocks_BHQN.shape
     groups = ceil_div(selection.q_start % group + queries, group)
     width, n_blocks, _ = _width(selection, group)
     each = 4 * batch * heads * (2 * width + ceil_div(n_blocks, 32 // group) + pairs)
-    # Equal parts, of multiples of 16: kernels are compiled anew for other divisors. Not much more
-    # than the programs that run at a time: those left over would take as long again.
-    most, wave = _SCRATCH // each, _wave(selection.blocks_BHQN.device)
-    most = max(16, most // wave * wave or most // 16 * 16)
-    n = 1 if whole else ceil_div(groups, most)
+    # Full waves: a few programs left over would take as long again. Equal parts, of multiples of
+    # 16: kernels are compiled anew for other divisors.
+    room = (scratch or _SCRATCH) // each
+    wave = next((n for n in _waves(selection.blocks_BHQN.device) if n <= room), 16)
+    n = 1 if whole else ceil_div(groups, max(16, room // wave * wave))
     size = ceil_div(ceil_div(groups, n), 16) * 16 if n > 1 else groups
     return [(first, min(size, groups - first)) for first in range(0, groups, size)]
 
