@@ -26,6 +26,7 @@ TESTS = {
     "test_triton_attention.py": (
         "(is_the_reference or lists_of_single_queries) and 63 and docs and kv"
         " or half_precision and 24 and float16 or single_keys_per_query and (20 or 63)"
+        " or united_in_the_backward and 63 and float16"
     ),
     "test_fused_gate.py": "multiplies_the_output",
     "test_triton_decode.py": "decoding_is_the_reference",

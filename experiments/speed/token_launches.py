@@ -91,7 +91,8 @@ def main() -> None:
     torch.manual_seed(0)
     report: dict[str, Any] = dict(environment(device))
     report["command"], report["records"] = " ".join(["python", *sys.argv]), []
-    spec = SelectionSpec(1, 1, window=128, sinks=64) if cuda else SelectionSpec(1, 1, 32, 16)
+    window, sinks = (128, 64) if args.seq_len > 1000 else (32, 16)
+    spec = SelectionSpec(1, 1, window, sinks)
     for memory in args.memory:
         case = make_case(Shape(
             "token", spec, args.seq_len, args.heads, args.kv_heads, args.head_dim, args.k,
