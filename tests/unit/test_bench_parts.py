@@ -354,7 +354,7 @@ def test_reports_are_drawn_together(tmp_path):
     plt = pytest.importorskip("matplotlib")
     plt.use("Agg")
     path, module = speed_report()
-    old = module.merged([path.with_name("h200.json"), path.with_name("h200_heads.json")])
+    old = module.merged([path.with_name("h100.json"), path.with_name("h100_heads.json")])
     row = old["records"][0]
     new = {**row, "score_ms": 1.0, "select_ms": 0.5, "inputs": "checkpoint"}
     step = {**new, "pass": "decode", "batch": 8}

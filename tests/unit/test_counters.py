@@ -1,5 +1,5 @@
-"""The study of hardware counters: its table is read right, and what it would count runs. That of
-tile sizes of token mode runs."""
+"""The study of hardware counters: its table is read right, and what it would count runs. Those of
+token mode's tile sizes and traffic run."""
 
 import importlib
 import json
@@ -21,7 +21,8 @@ def study(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(STUDY))
     yield importlib.import_module("counters")
-    for name in ("counters", "token_attention", "token_launches", "query_gathering"):
+    names = ("counters", "token_attention", "token_launches", "query_gathering", "union_traffic")
+    for name in names:
         sys.modules.pop(name, None)
 
 
@@ -75,3 +76,29 @@ def test_tile_sizes_of_token_mode(study, monkeypatch, tmp_path):
     assert all(row["ms"] > 0 and row["difference"] < 1e-2 for row in rows)
     assert all(1 <= rows[i]["unions"] < rows[i + 1]["unions"] < 32 for i in (0, 2))
     assert (triton_config.forward, triton_config.query_gradient) == before
+
+
+@pytest.mark.kernel
+def test_traffic_of_unions(study, monkeypatch, tmp_path):
+    traffic = importlib.import_module("union_traffic")
+    added = []
+
+    def walk(tensors, unions, load, add):
+        for x in tensors[2:]:
+            x.zero_()
+        original(tensors, unions, load, add)
+        added.append([float(x.abs().sum()) for x in tensors[2:]])
+
+    original = traffic.walk
+    monkeypatch.setattr(traffic, "walk", walk)
+    file = tmp_path / "out.json"
+    arguments = ["--memory", "8", "--seq-len", "250", "--k", "160", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", ["union_traffic.py", *arguments])
+    traffic.main()
+    rows = json.loads(file.read_text())["records"]
+    assert [row["queries"] for row in rows] == [16] * 3 + [32] * 3
+    assert rows[0]["entries"] > rows[3]["entries"] > 0
+    assert all(row["ms"] > 0 and row["bytes_s"] > 0 for row in rows)
+    # Entries past the first step of a list add its number; loading alone adds nothing.
+    assert {total == [0, 0] for total in added} == {True, False}
+    assert all(dk == dv for dk, dv in added)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gsa_kernels.selection import Selection
 
-UNITED = 16  # neighbouring queries that share their gathers where R = 1
+# Neighbouring queries that share their gathers where R = 1. The backward of single keys may unite
+# 32: it then fetches less and computes more than counted here.
+UNITED = 16
 OWNED = 16  # keys of the smallest blocks whose gradients are owned and not added atomically
 _CHUNK = 1 << 24  # slots looked at at once
 
