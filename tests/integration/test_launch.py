@@ -115,7 +115,8 @@ def lightning(cfg):
 """
 
 DRIVER = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a script's background ignore it
 from omegaconf import OmegaConf
 from gsa_platform.errors import UserError
 from gsa_platform.launch import launch
