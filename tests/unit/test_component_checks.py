@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gsa_platform import compose, hardware, registry
+from gsa_platform.bench.benchmark import Benchmark
 from gsa_platform.errors import UserError
+from gsa_platform.eval.task import EvalTask
 from gsa_platform.validate import validate
 
 FREE = "objective=none"
@@ -104,3 +106,12 @@ def test_a_method_that_a_component_lacks_is_named():
 
     with pytest.raises(NotImplementedError, match=r"Hollow does not define budget\(\)"):
         Hollow().budget(None)
+
+
+def test_a_benchmark_and_a_task_without_their_method_say_so() -> None:
+    class Hollow(Benchmark, EvalTask):
+        pass
+
+    for method in ("run", "evaluate"):
+        with pytest.raises(NotImplementedError, match=rf"Hollow does not define {method}\(\)"):
+            getattr(Hollow(None), method)(None)

@@ -59,6 +59,15 @@ def test_what_is_counted_runs(study, monkeypatch, tmp_path):
     assert triton_config.GATHER_FROM == triton_config.GATHER_BACKWARD_FROM == 0
 
 
+def records_of(module, monkeypatch, tmp_path, *arguments):
+    """What a study of single keys writes, over 250 tokens of index queries that change fast."""
+    file = tmp_path / "out.json"
+    sizes = ["--memory", "8", "--seq-len", "250", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *sizes, *arguments])
+    module.main()
+    return json.loads(file.read_text())["records"]
+
+
 @pytest.mark.kernel
 def test_tile_sizes_of_token_mode(study, monkeypatch, tmp_path):
     from gsa_kernels.sparse_attention import triton_config
@@ -67,11 +76,7 @@ def test_tile_sizes_of_token_mode(study, monkeypatch, tmp_path):
     sizes = importlib.import_module("token_launches")
     small = {name: [(16, 32, 16, 4, 2), (32, 32, 32, 4, 2)] for name in sizes.VARIANTS}
     monkeypatch.setattr(sizes, "VARIANTS", small)
-    file = tmp_path / "out.json"
-    arguments = ["--memory", "8", "--seq-len", "250", "--k", "64", "--out", str(file)]
-    monkeypatch.setattr(sys, "argv", ["token_launches.py", *arguments])
-    sizes.main()
-    rows = json.loads(file.read_text())["records"]
+    rows = records_of(sizes, monkeypatch, tmp_path, "--k", "64")
     assert [row["kernel"] for row in rows] == ["forward"] * 2 + ["query_gradient"] * 2
     assert all(row["ms"] > 0 and row["difference"] < 1e-2 for row in rows)
     assert all(1 <= rows[i]["unions"] < rows[i + 1]["unions"] < 32 for i in (0, 2))
@@ -91,11 +96,7 @@ def test_traffic_of_unions(study, monkeypatch, tmp_path):
 
     original = traffic.walk
     monkeypatch.setattr(traffic, "walk", walk)
-    file = tmp_path / "out.json"
-    arguments = ["--memory", "8", "--seq-len", "250", "--k", "160", "--out", str(file)]
-    monkeypatch.setattr(sys, "argv", ["union_traffic.py", *arguments])
-    traffic.main()
-    rows = json.loads(file.read_text())["records"]
+    rows = records_of(traffic, monkeypatch, tmp_path, "--k", "160")
     assert [row["queries"] for row in rows] == [16] * 3 + [32] * 3
     assert rows[0]["entries"] > rows[3]["entries"] > 0
     assert all(row["ms"] > 0 and row["bytes_s"] > 0 for row in rows)

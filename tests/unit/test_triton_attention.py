@@ -316,6 +316,15 @@ def test_half_precision(granularity, width, dtype):
     check(selection, inputs(selection, width=width), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("width", [32, 96, 192, 256])
+@pytest.mark.parametrize("granularity", [(16, 16), (16, 1), (1, 1)], ids=granularity_id)
+def test_widths_that_are_padded_or_beyond_128(granularity, width, dtype):
+    selection = make_selection(60, granularity, window=17, sinks=3, budget=40, documents=True)
+    tensors = inputs(selection, 4, 2, width=width)
+    check(selection, tensors, dtype, with_bias=dtype == torch.float32)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("granularity", [(64, 64), (16, 1), (1, 1)], ids=granularity_id)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
