@@ -94,6 +94,7 @@ def main() -> None:
     p.add_argument("--chunk", type=int, nargs="+", default=[4096, 8192, 16384])
     p.add_argument("--longest", type=int, nargs="+", default=[config.GATHER_LONGEST])
     p.add_argument("--bytes", type=int, nargs="+", default=[config.GATHER_BYTES])
+    p.add_argument("--pairs", type=int, nargs="+", choices=(0, 1), default=[0, 1])
     p.add_argument("--seconds", type=float, default=0.15 if cuda else 0.0, help="for each number")
     args = p.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
@@ -132,8 +133,8 @@ def main() -> None:
     with constants(**unions):
         want = attend(need_mass=True)
         keep({"design": "union tiles"} | record(attend, None, device, args.seconds))
-    for values in product(args.united, args.chunk, args.longest, args.bytes):
-        sizes = dict(zip(("united", "chunk", "longest", "bytes"), values))
+    for values in product(args.united, args.chunk, args.longest, args.bytes, args.pairs):
+        sizes = dict(zip(("united", "chunk", "longest", "bytes", "pairs"), values))
         row: dict[str, Any] = {"design": "gathering"} | sizes
         with constants(**{"from": 0}, **sizes):
             try:
@@ -144,7 +145,8 @@ def main() -> None:
                 found = split()
                 assert found is not None
                 row["split_ms"] = milliseconds(split, device, args.seconds)
-                row["far_choices"] = float(found.counts_2BHT[1].float().mean())
+                row["far_choices"] = float(found.counts_3BHT[1].float().mean())
+                row["pairs_of_a_query"] = float(found.counts_3BHT[2].float().mean())
             except (RuntimeError, TritonError) as problem:  # the others may fit
                 row["error"] = str(problem)
         keep(row)

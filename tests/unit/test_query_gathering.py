@@ -4,6 +4,7 @@ softmax over a T x S mask; and that no past depends on the future."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -108,7 +109,7 @@ def test_gradients():
 def test_heads_and_widths(gathers, heads, kv_heads, held, width):
     """held: sequences and key-value heads whose parts are held at once."""
     for choices in {1, kv_heads}:
-        gathers(bytes=held * 30 * 4 * (heads // kv_heads) * (width * 4 + 4), chunk=30)
+        gathers(bytes=held * 30 * 4 * (heads // kv_heads) * (width * 4 + 8), chunk=30)
         selection = drawn(60, heads=choices)
         compare(selection, heads=heads, kv_heads=kv_heads, width=width)
 
@@ -130,6 +131,40 @@ def test_half_precision(gathers, c, documents, dtype):
     selection = drawn(150 if c == 16 else 300, c=c, slots=2, documents=documents)
     assert (selection.blocks_BHQN >= 0).sum() > 90
     compare(selection, kv_heads=1, dtype=dtype, width=32)
+
+
+@documents
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_runs_of_blocks_are_taken_two_at_a_time(gathers, monkeypatch, dtype, documents):
+    from gsa_kernels.sparse_attention import gather_launch
+
+    gathers(united=17)
+    made, kernel = [], gather_launch.run
+
+    def run(called, grid, *args, **options):
+        made.append(options.get("PAIR"))
+        kernel(called, grid, *args, **options)
+
+    monkeypatch.setattr(gather_launch, "run", run)
+    selection = drawn(170, slots=5, documents=documents, heads=2)
+    spec = gather_launch.split(on_device(selection), 64, 17, 24, True, True)
+    assert (spec.used_BHQD > 0).any((0, 1, 2)).all() and spec.counts_3BHT[2].max() == 2
+    compare(selection, dtype=dtype, width=32, kv_heads=2, heads=6)
+    assert {True, False} <= set(made)
+    made.clear()
+    gathers(pairs=0)
+    compare(selection, dtype=dtype, width=32, kv_heads=2, heads=6)
+    assert True not in made and False in made
+
+
+def test_a_sum_of_large_halves_does_not_overflow(gathers):
+    """The values of 32 keys with equal weights: 32 x 40000 is no float16, their mean is."""
+    gathers(united=17)
+    selection = drawn(170, slots=5)
+    q, k, v = (x.to(DEVICE, torch.float16) for x in inputs(selection)[:3])
+    v.fill_(40000)
+    out = sparse_attention(q, k, v, on_device(selection), impl="triton").out_BTHE
+    torch.testing.assert_close(out, torch.full_like(out, 40000), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -196,43 +231,57 @@ def test_a_gate_rounds_as_a_multiplication_does(per_head):
     assert torch.equal(out, got["out"])
 
 
-def test_near_and_far_are_the_choice():
+def parts_of(distant, paired):
+    """Far choices, ascending, as pairs and then single blocks."""
+    pairs, singles = [], []
+    while distant:
+        two = paired and len(distant) > 1 and distant[1] == distant[0] + 1
+        (pairs if two else singles).append(distant[: 1 + two])
+        distant = distant[1 + two :]
+    return pairs, singles
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+def test_near_and_far_are_the_choice(paired):
     from gsa_kernels.sparse_attention import gather_launch
 
-    selection = drawn(150, start=7, heads=2)
+    selection = drawn(250, start=7, heads=2)
     blocks = selection.blocks_BHQN
-    found = gather_launch.split(replace(selection, blocks_BHQN=blocks.to(DEVICE)), 40, 5, 9, True)
+    on_gpu = replace(selection, blocks_BHQN=blocks.to(DEVICE))
+    found = gather_launch.split(on_gpu, 40, 5, 9, True, paired)
     near, moved = found.near.blocks_BHQN.tolist(), found.moved_BHTN.tolist()
-    places, items = found.places_BHL.tolist(), found.items_BHQM3.tolist()
+    places, items = found.places_BHL.tolist(), found.items_BHQDM3.tolist()
     entries = found.entries_BHTN.tolist()
-    used, counts = found.used_BHQ.tolist(), found.counts_2BHT.tolist()
-    seen = [0, 0]
+    used, counts = found.used_BHQD.tolist(), found.counts_3BHT.tolist()
+    seen = [0, 0, 0]
     for b in range(2):
         for h in range(2):
-            far = {}  # (query, number of its far choice) -> block
-            for chunk in range(4):
-                for block, first, last in items[b][h][chunk][: used[b][h][chunk]]:
+            far = {}  # (query, number of its part) -> blocks
+            for chunk, kind in itertools.product(range(len(used[b][h])), range(1 + paired)):
+                for block, first, last in items[b][h][chunk][kind][: used[b][h][chunk][kind]]:
                     assert 0 < last - first <= 9
                     for at in range(first, last):
                         place = places[b][h][chunk * 160 + at]
                         key = chunk * 40 + place // 4, place % 4
                         assert key not in far and entries[b][h][key[0]][key[1]] == at
-                        far[key] = block
+                        far[key] = [block, block + 1][: 1 + kind]
             lists = [[x for x in row if x >= 0] for row in blocks[b, h].tolist()]
             for t, own in enumerate(lists):
                 last = (t + 7) // 16 * 16 - 7
                 asked = lists[max(0, last - 16) : max(0, last)]
                 rows = [x for row in asked for x in row]
                 close = [x for x in own if rows.count(x) >= 5]
-                distant = [x for x in own if rows.count(x) < 5]
+                pairs, singles = parts_of([x for x in own if rows.count(x) < 5], paired)
                 assert near[b][h][t] == close + [-1] * (4 - len(close))
-                assert [far.pop((t, i)) for i in range(len(distant))] == distant
-                assert [c[b][h][t] for c in counts] == [len(close), len(distant)]
-                assert set(entries[b][h][t][len(distant) :]) <= {-1}
+                parts = pairs + singles
+                assert [far.pop((t, i)) for i in range(len(parts))] == parts
+                distant = [x for part in parts for x in part]
+                assert [c[b][h][t] for c in counts] == [len(close), len(distant), len(pairs)]
+                assert set(entries[b][h][t][len(parts) :]) <= {-1}
                 assert [(close + distant)[i] for i in moved[b][h][t][: len(own)]] == own
-                seen[0], seen[1] = seen[0] + len(close), seen[1] + len(distant)
+                seen = [x + len(y) for x, y in zip(seen, (close, singles, pairs))]
             assert not far
-    assert min(seen) > 50
+    assert min(seen) > (50 if paired else -1) and seen[0] > 50
 
 
 def test_the_past_is_the_same_to_the_bit_whatever_follows():
@@ -306,9 +355,10 @@ def test_parts_take_the_memory_of_the_queries(gathers, monkeypatch, queries, slo
     blocks = torch.empty(1, 1, queries, slots, dtype=torch.int32, device="meta")
     selection = Selection(SelectionSpec(64, 1, window=128), blocks, queries, queries)
     size = gather_launch.split_choices(q, q[:, :, :4], selection, None, False)
-    each = slots * 4 * (128 * 2 + 4)
+    each = slots * 4 * (128 * 2 + 8)
     assert 5000 < size <= 16384 and -queries % size < queries / size  # equal chunks
-    assert 1 <= triton_config.lines_of_parts(64, size * each) * size * each <= 1 << 29
+    most = triton_config.bytes_of_parts(q)
+    assert size * each <= most <= max(1 << 29, min(1 << 30, 2 * 2 * q.numel()))
 
 
 def test_one_compiled_graph():
@@ -347,11 +397,45 @@ def test_the_study_runs(monkeypatch, tmp_path):
             command.selection_of(lists, SelectionSpec(64, 1), torch.device("cpu"))
     finally:
         sys.modules.pop("query_gathering")
-    unions, found, again = json.loads(file.read_text())["records"]
+    unions, *found, again = json.loads(file.read_text())["records"]
     assert unions["design"] == again["design"] == "union tiles" and unions["ms"] > 0
-    assert "error" not in found and found["united"] == 8 and found["split_ms"] > 0
-    assert max(found["difference"].values()) < (1e-5 if DEVICE == "cpu" else 2e-2)
-    assert found["far_choices"] > 0
+    assert [row["pairs"] for row in found] == [0, 1]
+    for row in found:
+        assert "error" not in row and row["united"] == 8 and row["split_ms"] > 0
+        assert max(row["difference"].values()) < (1e-5 if DEVICE == "cpu" else 2e-2)
+        assert row["far_choices"] > 0 and row["pairs_of_a_query"] <= row["far_choices"] / 2
+
+
+def test_traffic_alone_moves_what_gathering_moves(gathers, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(STUDY))
+    traffic = importlib.import_module("gather_traffic")
+    file, lists = tmp_path / "out.json", tmp_path / "lists.npz"
+    gathers(chunk=170, united=17)
+    np.savez(lists, blocks=drawn(170, slots=5).blocks_BHQN[0, 0].numpy().astype(np.int16))
+    moved, move = [], traffic.move
+
+    def checked(q, k, v, found, parts, kept):
+        parts.fill_(torch.nan)
+        move(q, k, v, found, parts, kept)
+        counts = (found.counts_3BHT[1] - found.counts_3BHT[2])[0, 0]
+        for t, count in enumerate(counts.tolist()):  # of the last key-value head
+            assert (parts[t, :count, :16].view(-1, 16) == q[0, t, 2:].reshape(-1)[:16]).all()
+        moved.append(int(counts.sum()))
+
+    monkeypatch.setattr(traffic, "move", checked)
+    sizes = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--key-block", "16"]
+    arguments = ["gather_traffic.py", str(lists), *sizes, "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    try:
+        traffic.main()
+    finally:
+        for name in ("gather_traffic", "query_gathering"):
+            sys.modules.pop(name, None)
+    single, paired = json.loads(file.read_text())["records"]
+    assert single["pairs_found"] == 0 < paired["pairs_found"] and single["kernels_ms"]
+    assert single["far_choices"] == paired["far_choices"] == moved[0]
+    assert paired["far_choices"] - paired["pairs_found"] == moved[-1]
+    assert all(row["moved_ms"] > 0 and row["added_ms"] > 0 for row in (single, paired))
 
 
 @pytest.mark.gpu

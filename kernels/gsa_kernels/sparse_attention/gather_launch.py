@@ -1,5 +1,7 @@
 """Launches of query gathering: which calls take it, its chunks and buffers."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -17,17 +19,19 @@ def split_choices(
     q: Tensor, k: Tensor, selection: Selection, bias: Tensor | None, need_mass: bool
 ) -> Split | None:
     """Near and far choices, where gathering the far ones is worth while and possible."""
-    if bias is not None or config.gather(q, k, selection) is None:
+    launch = config.gather(q, k, selection)
+    if bias is not None or launch is None:
         return None
     queries, group, slots = q.shape[1], q.shape[2] // k.shape[2], selection.blocks_BHQN.shape[3]
-    fitting = config.GATHER_BYTES // _part_bytes(q, group, slots)
+    fitting = config.bytes_of_parts(q) // _part_bytes(q, group, slots)
     size = config.chunk_of_queries(queries, min(config.GATHER_CHUNK, fitting))
-    return split(selection, size, config.GATHER_UNITED, config.GATHER_LONGEST, need_mass)
+    near, longest = config.GATHER_UNITED, config.GATHER_LONGEST
+    return split(selection, size, near, longest, need_mass, launch.pairs is not None)
 
 
 def _part_bytes(q: Tensor, group: int, slots: int) -> int:
     """Of the parts of a query and key-value head, and of their sums."""
-    return slots * group * (q.shape[3] * q.element_size() + 4)
+    return slots * group * (q.shape[3] * q.element_size() + 8)
 
 
 def add_far(
@@ -50,36 +54,43 @@ def add_far(
     The sums of the far choices go to slot_lse [B, H, T, N], after those of the near ones.
     """
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
-    groups, chunks, most = found.items_BHQM3.shape[1:4]
+    groups, chunks, kinds, most = found.items_BHQDM3.shape[1:5]
     group, slots = heads // kv_heads, found.near.blocks_BHQN.shape[3]
     size, c = found.size, found.near.spec.key_block
     launch = config.gather(q, k, found.near)
     assert launch is not None
-    lines = config.lines_of_parts(batch * kv_heads, size * _part_bytes(q, group, slots))
-    parts = torch.empty(lines, size, slots, group, width, device=q.device, dtype=q.dtype)
-    sums = torch.empty(parts.shape[:-1], device=q.device, dtype=torch.float32)
+    lines = batch * kv_heads
+    each = size * _part_bytes(q, group, slots)
+    held = max(1, min(lines, config.bytes_of_parts(q) // each))  # lines at once
+    parts = torch.empty(held, size, slots, group, width, device=q.device, dtype=q.dtype)
+    sums = torch.empty(*parts.shape[:-1], 2, device=q.device, dtype=torch.float32)
+    mass = slot_lse is not None
+    logs = torch.empty(sums.shape[:-1], device=q.device) if mass else sums
     constants = dict(H=heads, K=kv_heads, HS=groups, E=width, BE=padded(width), N=slots)
-    nears, fars = found.counts_2BHT.unbind()
-    # Chunks of one line in turn: neighbours choose the same blocks, still in the L2 then.
-    for first in range(0, batch * kv_heads, lines):
-        across = min(lines, batch * kv_heads - first)
-        for chunk in range(chunks):
+    constants |= dict(HAS_MASS=mass)
+    nears, fars, pairs = found.counts_3BHT.unbind()
+    steps = [(launch.singles, False)]
+    if launch.pairs is not None:
+        steps.append((launch.pairs, True))
+    tickets = torch.zeros(chunks, kinds, lines, device=q.device, dtype=torch.int32)
+    # Chunks of the same lines in turn: neighbours choose the same blocks, still in the L2 then.
+    for first, chunk in product(range(0, lines, held), range(chunks)):
+        across = min(held, lines - first)
+        for (step, paired), ticket in zip(steps, tickets[chunk]):
             run(
-                gather_kernel, (most, across),
+                gather_kernel, (min(most, step.programs), across),
                 q, k, v, fars if docs is None else docs,
-                found.places_BHL, found.items_BHQM3, found.used_BHQ, parts, sums,
+                found.places_BHL, found.items_BHQDM3, found.used_BHQD, pairs,
+                parts, sums, logs, ticket[first:],
                 queries, keys, found.near.q_start, chunks, most, chunk, size, first, scale_log2,
-                **constants, C=c, BM=launch.rows, HAS_DOCS=docs is not None,
-                STAGES=launch.stages,
-                num_warps=launch.warps, maxnreg=launch.registers,
+                **constants, C=c, BM=step.rows, D=kinds, PAIR=paired, HAS_DOCS=docs is not None,
+                STAGES=step.stages, num_warps=step.warps, maxnreg=step.registers,
             )  # fmt: skip
-            run(
-                combine_kernel, (ceil_div(size, launch.combined // group), across),
-                parts, sums, near, out if gate is None else gate, out,
-                out if residual is None else residual, lse,
-                lse if slot_lse is None else slot_lse, nears, fars,
-                queries, chunk, size, first,
-                **constants, BM=launch.combined, BN=32, HAS_MASS=slot_lse is not None,
-                GATE=0 if gate is None else gate.shape[3], KEEP=near is not out,
-                LOST=0 if residual is None else lost_bits(q.dtype),
-            )  # fmt: skip
+        run(
+            combine_kernel, (ceil_div(size, launch.combined // group), across),
+            parts, sums, logs, near, out if gate is None else gate, out,
+            out if residual is None else residual, lse, lse if slot_lse is None else slot_lse,
+            nears, fars, pairs, queries, chunk, size, first,
+            **constants, BM=launch.combined, BN=32, GATE=0 if gate is None else gate.shape[3],
+            KEEP=near is not out, LOST=0 if residual is None else lost_bits(q.dtype),
+        )  # fmt: skip

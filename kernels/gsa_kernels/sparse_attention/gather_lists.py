@@ -46,9 +46,9 @@ def gather_lists(selection: Selection, size: int, longest: int) -> GatherLists:
     # Without sinks, and so without documents, it does not matter where a chunk lies.
     plain = SelectionSpec(spec.key_block, 1, heads=spec.heads)
     chunk = Selection(plain, blocks, size, selection.n_keys)
-    found = split(chunk, size, UNITED + 1, longest, False)  # no choice is near
-    items = found.items_BHQM3[:, :, 0]
-    unused = torch.arange(items.shape[2], device=blocks.device) >= found.used_BHQ
+    found = split(chunk, size, UNITED + 1, longest, False, False)  # no choice is near
+    items = found.items_BHQDM3[:, :, 0, 0]
+    unused = torch.arange(items.shape[2], device=blocks.device) >= found.used_BHQD[:, :, 0]
     items = items.masked_fill(unused[..., None], 0)
     order = (items[..., 2] - items[..., 1]).argsort(-1, descending=True)
     items = F.pad(items.gather(2, order[..., None].expand_as(items)), (0, 1))

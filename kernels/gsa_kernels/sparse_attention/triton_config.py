@@ -198,21 +198,35 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 
 # Queries that choose for themselves (R = 1), in calls of so many, have their far choices gathered.
 GATHER_FROM = 32768
-GATHER_UNITED = 8  # of the 16 queries of the group before that make a choice near; 17: none is
-GATHER_LONGEST = 128  # queries of a key block that one program gathers
+GATHER_UNITED = 10  # of the 16 queries of the group before that make a choice near; 17: none is
+GATHER_LONGEST = 128  # queries of a key block that a program gathers at a time
+GATHER_PAIRS = 1  # whether two choices whose blocks follow each other can be gathered as one
 GATHER_CHUNK = 16384  # most queries whose parts are held at once
-GATHER_BYTES = 1 << 29  # most bytes of parts: those of q at 131072 tokens of 16 heads of 128
+# Most bytes of parts. Below the first bound twice those of q: fewer launches are fewer ends, where
+# multiprocessors wait for the last program.
+GATHER_BYTES = 1 << 30
+GATHER_LEAST_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class Gather:
-    """rows, warps and stages of a step that gathers, registers of a thread (None: any); rows of a
-    program that combines."""
+class GatherStep:
+    """rows, warps and stages of a step that gathers; registers of a thread (None: any); programs,
+    which stay until all is gathered."""
 
     rows: int
     warps: int
     stages: int
     registers: int | None
+    programs: int
+
+
+@dataclass(frozen=True)
+class Gather:
+    """How single blocks and, unless None, pairs of them are gathered; rows of a program that
+    combines."""
+
+    singles: GatherStep
+    pairs: GatherStep | None
     combined: int
 
 
@@ -224,15 +238,29 @@ def gather(q: Tensor, k: Tensor, selection: Selection) -> Gather | None:
     if spec.query_tile > 1 or not slots or q.shape[1] < GATHER_FROM:
         return None
     group, block, itemsize = q.shape[2] // k.shape[2], spec.key_block, q.element_size()
-    big = itemsize > 2
-    rows = 32 if big else 64
     held = 2 * block * max(16, power_of_2(q.shape[3])) * itemsize
-    if block not in (16, 32, 64, 128) or held > 1 << 16 or group > rows:
+    if block not in (16, 32, 64, 128) or held > 1 << 16 or group > (32 if itemsize > 2 else 64):
         return None
-    # 168 registers let three programs onto a multiprocessor.
-    small = not big and held <= 1 << 15
-    combined = max(32, power_of_2(group))
-    return Gather(rows, 8 if big else 4, 3 if small else 2, 168 if small else None, combined)
+    small, processors = held <= 1 << 15, _processors(q.device)
+    registers, programs = None, 2 * processors
+    if itemsize > 2:
+        rows = max(16, power_of_2(group))  # 32 spill
+        singles = GatherStep(rows, 8, 2, 255, programs)
+        pairs = GatherStep(rows, 8, 1, 255, programs)
+    else:
+        if small and has_tma(q.device):  # with 74 KB, three programs fit a multiprocessor
+            registers, programs = 168, 3 * processors
+        singles = GatherStep(64, 4, 2, registers, programs)
+        pairs = GatherStep(64, 4, 1, None, 2 * processors)  # 82 KB
+    paired = pairs if GATHER_PAIRS and small else None
+    return Gather(singles, paired, max(32, power_of_2(group)))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def chunk_of_queries(queries: int, most: int) -> int:
@@ -240,10 +268,10 @@ def chunk_of_queries(queries: int, most: int) -> int:
     return ceil_div(queries, ceil_div(queries, max(1, most)))
 
 
-def lines_of_parts(lines: int, each: int) -> int:
-    """Sequences and key-value heads, of `lines`, whose parts of a chunk, `each` bytes, are held
-    at once."""
-    return max(1, min(lines, GATHER_BYTES // each))
+def bytes_of_parts(q: Tensor) -> int:
+    """Most bytes that the parts of queries q may take."""
+    own = 2 * q.numel() * q.element_size()
+    return max(min(own, GATHER_BYTES), min(GATHER_LEAST_BYTES, GATHER_BYTES))
 
 
 @dataclass(frozen=True)
