@@ -100,7 +100,7 @@ def kernel_times(call: Any, device: torch.device, times: int = 3) -> dict[str, f
             call()
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     rows = {e.key: getattr(e, field) / 1e3 / times for e in found.key_averages()}
-    return {name: ms for name, ms in sorted(rows.items(), key=lambda x: -x[1]) if ms > 0.02}
+    return dict(sorted(rows.items(), key=lambda row: -row[1])[:12])
 
 
 def main() -> None:

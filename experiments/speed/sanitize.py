@@ -34,7 +34,7 @@ TESTS = {
     "test_triton_select.py": "exact_scores_choose_the_same and docs or long_rows and sigmoid",
     "test_triton_filter.py": "same_choice and docs or splits-few-docs",
     "test_triton_statistics.py": "heads_apart or longer_cache",
-    "test_query_gathering.py": "last_queries_only and docs or half_precision",
+    "test_query_gathering.py": "last_queries_only and docs or half_precision or runs_of",
     "test_gather_backward.py": "gradients_are or half_precision",
     "test_triton_indexer_loss.py": "dense_masses and docs or test_dense_kl and docs or 34",
     "test_scores_of_unions.py": "lengths and 63 or same",
