@@ -198,7 +198,7 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 
 # Queries that choose for themselves (R = 1), in calls of so many, have their far choices gathered.
 GATHER_FROM = 32768
-GATHER_UNITED = 10  # of the 16 queries of the group before that make a choice near; 17: none is
+GATHER_UNITED = 8  # of the 16 queries of the group before that make a choice near; 17: none is
 GATHER_LONGEST = 128  # queries of a key block that a program gathers at a time
 GATHER_PAIRS = 1  # whether two choices whose blocks follow each other can be gathered as one
 GATHER_CHUNK = 16384  # most queries whose parts are held at once
