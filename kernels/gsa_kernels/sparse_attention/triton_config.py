@@ -201,7 +201,7 @@ GATHER_FROM = 32768
 GATHER_UNITED = 8  # of the 16 queries of the group before that make a choice near; 17: none is
 GATHER_LONGEST = 128  # queries of a key block that a program gathers at a time
 GATHER_PAIRS = 1  # whether two choices whose blocks follow each other can be gathered as one
-GATHER_CHUNK = 16384  # most queries whose parts are held at once
+GATHER_CHUNK = 32768  # most queries whose parts are held at once
 # Most bytes of parts. Below the first bound twice those of q: fewer launches are fewer ends, where
 # multiprocessors wait for the last program.
 GATHER_BYTES = 1 << 30
