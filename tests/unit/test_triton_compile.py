@@ -30,10 +30,14 @@ LOCAL = {
     "forward_kernel": 16,  # sm_100, Triton 3.6, all outside the loops: two programs fit so
     "dq_kernel": 16,  # single keys, sm_90, Triton 3.9, outside the loops; 3.6 nothing
     "owned_kernel": 32,  # with a bias, outside the loops
+    # sm_90, Triton 3.9: 16 outside the loops, and with the mass of each choice what a step needs
+    # again; 3.6 nothing.
+    "gather_kernel": 64,
 }
 # Triton 3.9 keeps descriptors of q there (256 rows); 3.6 nothing.
 DESCRIPTORS = 232
-GATHERING = {"split_kernel", "items_kernel", "places_kernel", "gather_kernel", "combine_kernel"}
+GATHERING = {"split_kernel", "pair_kernel", "items_kernel", "places_kernel"}
+GATHERING |= {"gather_kernel", "combine_kernel"}
 
 
 COARSE = ["running_kernel", "score_kernel", "select_kernel", "survivor_kernel", "select_kernel"]

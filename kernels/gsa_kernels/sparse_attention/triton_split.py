@@ -120,7 +120,7 @@ def _larger(a, b):
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def part_kernel(
+def pair_kernel(
     far_ptr,
     slot_ptr,
     moved_ptr,  # takes what far choices become; only where MOVED
@@ -280,7 +280,7 @@ def split(
         N=slots, UNITED=UNITED, MOVED=moved, STEPS=slots.bit_length(), BT=bt, BN=bn,
     )  # fmt: skip
     run(
-        part_kernel, grid,
+        pair_kernel, grid,
         far, slot, near if where is None else where, keys, rank, taken, counts,
         queries, n_blocks, chunks, size,
         N=slots, PAIRED=paired, MOVED=moved, BT=bt, BN=bn,
