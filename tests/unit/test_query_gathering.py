@@ -152,9 +152,28 @@ def test_runs_of_blocks_are_taken_two_at_a_time(gathers, monkeypatch, dtype, doc
     compare(selection, dtype=dtype, width=32, kv_heads=2, heads=6)
     assert {True, False} <= set(made)
     made.clear()
-    gathers(pairs=0)
+    gathers(pairs=False)
     compare(selection, dtype=dtype, width=32, kv_heads=2, heads=6)
     assert True not in made and False in made
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "held"), [(2, 1, 1), (6, 3, 2), (4, 2, 9)])
+def test_launches_take_the_short_way(gathers, monkeypatch, heads, kv_heads, held):
+    """launch.py takes Triton's own, slow way where a tensor is not aligned to 16 bytes."""
+    from gsa_kernels.sparse_attention import gather_launch
+
+    each = 32 * 5 * (heads // kv_heads) * (32 * 4 + 8)
+    gathers(united=17, bytes=held * each, chunk=32)
+    odd, kernel = [], gather_launch.run
+
+    def run(called, grid, *args, **options):
+        tensors = (x for x in args if isinstance(x, torch.Tensor))
+        odd.append(sum(x.data_ptr() % 16 > 0 for x in tensors))
+        kernel(called, grid, *args, **options)
+
+    monkeypatch.setattr(gather_launch, "run", run)
+    compare(drawn(172, slots=5), width=32, heads=heads, kv_heads=kv_heads)
+    assert len(odd) > 12 and not any(odd)
 
 
 def test_a_sum_of_large_halves_does_not_overflow(gathers):

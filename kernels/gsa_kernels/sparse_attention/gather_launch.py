@@ -24,7 +24,8 @@ def split_choices(
         return None
     queries, group, slots = q.shape[1], q.shape[2] // k.shape[2], selection.blocks_BHQN.shape[3]
     fitting = config.bytes_of_parts(q) // _part_bytes(q, group, slots)
-    size = config.chunk_of_queries(queries, min(config.GATHER_CHUNK, fitting))
+    narrow = ((1 << 31) - 1) // q[0, 0].numel()  # offsets inside a chunk are of 32 bits
+    size = config.chunk_of_queries(queries, min(config.GATHER_CHUNK, fitting, narrow))
     near, longest = config.GATHER_UNITED, config.GATHER_LONGEST
     return split(selection, size, near, longest, need_mass, launch.pairs is not None)
 
@@ -72,16 +73,20 @@ def add_far(
     steps = [(launch.singles, False)]
     if launch.pairs is not None:
         steps.append((launch.pairs, True))
-    tickets = torch.zeros(chunks, kinds, lines, device=q.device, dtype=torch.int32)
     # Chunks of the same lines in turn: neighbours choose the same blocks, still in the L2 then.
-    for first, chunk in product(range(0, lines, held), range(chunks)):
+    stages = list(product(range(0, lines, held), range(chunks)))
+    # Tickets of a launch begin at 16 bytes, else it would not be a short one (see launch.py).
+    tickets = torch.zeros(
+        len(stages), kinds, 4 * ceil_div(held, 4), device=q.device, dtype=torch.int32
+    )
+    for (first, chunk), row in zip(stages, tickets):
         across = min(held, lines - first)
-        for (step, paired), ticket in zip(steps, tickets[chunk]):
+        for (step, paired), ticket in zip(steps, row):
             run(
                 gather_kernel, (min(most, step.programs), across),
                 q, k, v, fars if docs is None else docs,
                 found.places_BHL, found.items_BHQDM3, found.used_BHQD, pairs,
-                parts, sums, logs, ticket[first:],
+                parts, sums, logs, ticket,
                 queries, keys, found.near.q_start, chunks, most, chunk, size, first, scale_log2,
                 **constants, C=c, BM=step.rows, D=kinds, PAIR=paired, HAS_DOCS=docs is not None,
                 STAGES=step.stages, num_warps=step.warps, maxnreg=step.registers,

@@ -200,10 +200,10 @@ def owned_keys(group: int, block: int, width: int, itemsize: int, biased: bool) 
 GATHER_FROM = 32768
 GATHER_UNITED = 8  # of the 16 queries of the group before that make a choice near; 17: none is
 GATHER_LONGEST = 128  # queries of a key block that a program gathers at a time
-GATHER_PAIRS = 1  # whether two choices whose blocks follow each other can be gathered as one
+GATHER_PAIRS = True  # whether two choices whose blocks follow each other can be gathered as one
 GATHER_CHUNK = 32768  # most queries whose parts are held at once
-# Most bytes of parts. Below the first bound twice those of q: fewer launches are fewer ends, where
-# multiprocessors wait for the last program.
+# Most bytes of parts, whatever q takes, and what they may take at least. More are fewer launches,
+# at whose ends multiprocessors wait for the last program.
 GATHER_BYTES = 1 << 30
 GATHER_LEAST_BYTES = 1 << 29
 
@@ -269,9 +269,8 @@ def chunk_of_queries(queries: int, most: int) -> int:
 
 
 def bytes_of_parts(q: Tensor) -> int:
-    """Most bytes that the parts of queries q may take."""
-    own = 2 * q.numel() * q.element_size()
-    return max(min(own, GATHER_BYTES), min(GATHER_LEAST_BYTES, GATHER_BYTES))
+    """Most bytes that the parts of queries q may take: twice those of q, within the bounds."""
+    return min(GATHER_BYTES, max(GATHER_LEAST_BYTES, 2 * q.numel() * q.element_size()))
 
 
 @dataclass(frozen=True)
