@@ -5,11 +5,15 @@ On a machine without a GPU they run in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import pytest
 import torch
 from kernel_cases import captured_in_a_graph, granularity_id, make_selection
 from test_sparse_attention import inputs, run
 
+from gsa_kernels.selection import Selection, SelectionSpec
 from gsa_kernels.sparse_attention import sparse_attention
 
 pytest.importorskip("triton")
@@ -392,6 +396,49 @@ def test_a_deterministic_backward_is_the_same_every_time():
     finally:
         torch.use_deterministic_algorithms(False)
     check(selection, tensors)
+
+
+def zeros(*shape):
+    """Halves; on a CPU, memory that is not taken before something is written to it."""
+    if DEVICE == "cuda":
+        return torch.zeros(shape, dtype=HALF[0], device=DEVICE)
+    return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=HALF[0]).view(shape)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "gathers"),
+    [((64, 16), False), ((64, 1), False), ((64, 1), True), ((1, 1), False)],
+    ids=["tile", "block", "block_gathered", "token"],
+)
+def test_keys_past_2_31_numbers(granularity, gathers, monkeypatch):
+    """The last queries of a million keys, of which only those attended are not 0."""
+    from gsa_kernels.sparse_attention import triton_config
+
+    c, r = granularity
+    monkeypatch.setattr(triton_config, "GATHER_FROM", 0 if gathers else 1 << 62)
+    monkeypatch.setattr(triton_config, "GATHER_UNITED", 17)
+    keys, queries, heads, width = (1 << 20) - 64, 16, 17, 128
+    first = keys - 3000 - keys % c
+    assert first * heads * width > 1 << 31
+    k, v = (zeros(1, keys, heads, width) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, queries, heads, width, generator=g).to(DEVICE, HALF[0])
+    for x in (k, v):
+        for at in (slice(0, 192), slice(first, None)):
+            x[:, at] = torch.randn(x[:, at].shape, generator=g).to(x)
+    spec = SelectionSpec(c, r, window=17, sinks=0)
+    chosen = [1, 2, first // c, first // c + 1, first // c + 3]
+    blocks = torch.tensor(chosen, dtype=torch.int32).expand(1, 1, queries // r, 5).contiguous()
+    selection = on_device(Selection(spec, blocks, queries, keys, keys - queries))
+    got = sparse_attention(q, k, v, selection, impl="triton").out_BTHE[0]
+    far = [block * c + i for block in chosen for i in range(c)]
+    for i in range(queries):
+        t = keys - queries + i
+        local = range((t // r * r - 16) // c * c, t + 1)
+        some = torch.tensor([*far, *local], device=DEVICE)
+        logits = torch.einsum("he,she->hs", q[0, i].double(), k[0, some].double()) / width**0.5
+        want = torch.einsum("hs,she->he", logits.softmax(-1), v[0, some].double())
+        torch.testing.assert_close(got[i].double(), want, rtol=0, atol=8e-3)
 
 
 def test_blocks_attended_by_more_tiles_than_a_program_walks(monkeypatch):
