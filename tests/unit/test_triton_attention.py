@@ -406,18 +406,19 @@ def zeros(*shape):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "gathers"),
-    [((64, 16), False), ((64, 1), False), ((64, 1), True), ((1, 1), False)],
-    ids=["tile", "block", "block_gathered", "token"],
-)
-def test_keys_past_2_31_numbers(granularity, gathers, monkeypatch):
+    ("granularity", "queries", "gathers"),
+    [((64, 16), 32, False), ((64, 1), 32, False), ((64, 1), 32, True), ((1, 1), 32, False),
+     ((64, 16), 16, False)],
+    ids=["tile", "block", "block_gathered", "token", "decode"],
+)  # fmt: skip
+def test_keys_past_2_31_numbers(granularity, queries, gathers, monkeypatch):
     """The last queries of a million keys, of which only those attended are not 0."""
     from gsa_kernels.sparse_attention import triton_config
 
     c, r = granularity
     monkeypatch.setattr(triton_config, "GATHER_FROM", 0 if gathers else 1 << 62)
     monkeypatch.setattr(triton_config, "GATHER_UNITED", 17)
-    keys, queries, heads, width = (1 << 20) - 64, 16, 17, 128
+    keys, heads, width = (1 << 20) - 64, 17, 128
     first = keys - 3000 - keys % c
     assert first * heads * width > 1 << 31
     k, v = (zeros(1, keys, heads, width) for _ in range(2))
